@@ -1,0 +1,192 @@
+"""Log-probabilities of given tokens: the plain reference, and one that never holds all the logits.
+
+Training needs log pi(token) at every response position. Through the logits this holds [N, V] numbers, forward
+and backward: 64 answers of 512 tokens at V = 151k are 20 GB in float32. `linear_logprobs` works through
+[chunk, V] at a time and keeps [N, d]. Left out: a gradient for the output layer, which is frozen here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_exp.algorithms.shapes import at_least_float32, check_shapes
+from rlhf_exp.algorithms.support import Support
+
+LOGIT_BUDGET = 2**24  # logits held at once: 64 MB in float32, of which a chunk needs about four
+
+
+def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
+    _check_temperature(temperature)
+    logits = at_least_float32(logits) / temperature
+    if allowed is not None:
+        check_shapes(logits=(logits, "... V"), allowed=(allowed, "... V"))
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, allowed: Tensor | None = None
+) -> Tensor:
+    """log softmax(logits / temperature)[target], renormalised on `allowed`, in float32 or wider.
+
+    logits [..., V], targets int[...], allowed bool[..., V] or None -> [...]. Give it real positions only
+    (`logits[mask]`). Raises ValueError for a target outside the vocabulary or outside `allowed`.
+    """
+    check_shapes(logits=(logits, "... V"), targets=(targets, "..."))
+    _check_vocabulary("target", targets, logits.shape[-1])
+    targets = targets.long()
+    if allowed is not None:
+        check_shapes(logits=(logits, "... V"), allowed=(allowed, "... V"))
+        _check_kept(allowed.gather(-1, targets.unsqueeze(-1)).squeeze(-1), targets)
+    return _log_softmax(logits, temperature, allowed).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
+    """Entropy [...] in nats of softmax(logits [..., V] / temperature) renormalised on `allowed`."""
+    logprobs = _log_softmax(logits, temperature, allowed)
+    # 0 log 0 = 0: both factors are set, for the product alone would still send NaN through the gradient.
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(dim=-1)
+
+
+class LinearLogprobs(NamedTuple):
+    """Float32[N] each (float64 for float64 hidden states); only `logprobs` carries a gradient."""
+
+    logprobs: Tensor  # of the targets, under the distribution that was sampled from
+    entropy: Tensor  # of that distribution, in nats
+    kept_mass: Tensor  # what the unrestricted distribution at this temperature gives to the kept set
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float = 1.0,
+    support: Support | None = None,
+    suppressed: tuple[Tensor, Sequence[int] | Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> LinearLogprobs:
+    """log softmax((hidden @ weight.T + bias) / temperature)[target], renormalised on the kept tokens.
+
+    hidden [N, d] of real positions only, weight [V, d], bias [V] or None, targets int[N]; `support` of
+    the N positions, or None for all tokens; `suppressed` (bool[N], token ids) forbids these ids where it is
+    True. The product is taken in the dtype of `hidden`, the softmax in float32 or wider. `chunk_size`
+    positions are worked on at once, by default as many as LOGIT_BUDGET allows.
+
+    The output layer is frozen and each log-prob receives one number from above, so its gradient d logp / d
+    hidden = (onehot - p) @ weight / temperature is complete in the forward: it is computed there, only when
+    asked for, and scaled in the backward. Nothing is recomputed and no [N, V] is kept.
+
+    Raises ValueError for a target outside the vocabulary or its kept set, naming the position (a silent -inf
+    would become a NaN loss), and for an output layer that wants a gradient (`token_logprobs` gives one).
+    """
+    check_shapes(hidden=(hidden, "N d"), weight=(weight, "V d"), targets=(targets, "N"))
+    _check_temperature(temperature)
+    _check_vocabulary("target", targets, weight.shape[0])
+    targets = targets.long()
+    if bias is not None:
+        check_shapes(weight=(weight, "V d"), bias=(bias, "V"))
+        bias = bias.to(hidden.dtype)
+    if support is not None:
+        check_shapes(hidden=(hidden, "N d"), **{"support.counts": (support.counts, "N")})
+    if suppressed is not None:
+        ids = torch.as_tensor(suppressed[1], dtype=torch.int64, device=hidden.device)
+        check_shapes(hidden=(hidden, "N d"), mask=(suppressed[0], "N"), token_ids=(ids, "S"))
+        _check_vocabulary("suppressed token", ids, weight.shape[0])
+        suppressed = (suppressed[0], ids)
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(
+            "linear_logprobs gives no gradient to the output layer: freeze it, or use token_logprobs"
+        )
+    if chunk_size is None:
+        chunk_size = max(1, LOGIT_BUDGET // weight.shape[0])
+    # Inside a Function's forward gradients are always off, so this can only be asked here.
+    with_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    weight = weight.to(hidden.dtype)
+    return LinearLogprobs(
+        *_LinearLogprobs.apply(
+            hidden, weight, bias, targets, temperature, support, suppressed, chunk_size, with_gradient
+        )
+    )
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, support, suppressed, chunk_size, with_gradient
+    ):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropies, kept_mass = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        kept = torch.ones_like(targets, dtype=torch.bool)
+        gradient = torch.empty_like(hidden) if with_gradient else None
+        supports = support.split(chunk_size) if support is not None else None
+        for i, start in enumerate(range(0, len(hidden), chunk_size)):
+            rows = slice(start, start + chunk_size)
+            target = targets[rows].unsqueeze(1)
+            logits = at_least_float32(F.linear(hidden[rows], weight, bias)).div_(temperature)
+            total = logits.logsumexp(dim=1)
+            allowed = _allowed(logits, supports[i] if supports is not None else None, suppressed, rows)
+            if allowed is not None:
+                kept[rows] = allowed.gather(1, target).squeeze(1)
+                logits.masked_fill_(~allowed, -torch.inf)
+            normaliser = logits.logsumexp(dim=1)
+            logprobs[rows] = logits.gather(1, target).squeeze(1) - normaliser
+            kept_mass[rows] = (normaliser - total).exp()
+            probs = logits.sub_(normaliser.unsqueeze(1)).exp_()
+            entropies[rows] = torch.special.entr(probs).sum(dim=1)
+            if gradient is not None:
+                residual = probs.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+                gradient[rows] = residual.to(hidden.dtype) @ weight / temperature
+        _check_kept(kept, targets)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropies, kept_mass)
+        return logprobs, entropies, kept_mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, _grad_entropy, _grad_kept_mass):
+        (gradient,) = ctx.saved_tensors
+        return grad_logprobs.unsqueeze(1) * gradient, *[None] * 8
+
+
+def _allowed(
+    logits: Tensor, support: Support | None, suppressed: tuple[Tensor, Tensor] | None, rows: slice
+) -> Tensor | None:
+    """bool[chunk, V] of the tokens kept in this chunk, or None when all are."""
+    if support is None and suppressed is None:
+        return None
+    vocab_size = logits.shape[1]
+    allowed = torch.ones_like(logits, dtype=torch.bool) if support is None else support.to_mask(vocab_size)
+    if suppressed is not None:
+        positions, ids = suppressed
+        allowed[:, ids] &= ~positions[rows].unsqueeze(1)
+    return allowed
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_vocabulary(what: str, ids: Tensor, vocab_size: int) -> None:
+    # On a GPU an index out of range ends the process; -100 from a label tensor is the usual one.
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        position = outside.nonzero()[0].tolist()
+        token = ids[tuple(position)].item()
+        raise ValueError(f"{what} {token} at position {position} is outside the vocabulary of {vocab_size}")
+
+
+def _check_kept(kept: Tensor, targets: Tensor) -> None:
+    if not kept.all():
+        position = (~kept).nonzero()[0].tolist()
+        token = targets[tuple(position)].item()
+        raise ValueError(
+            f"target {token} at position {position} is outside its support"
+            f" ({(~kept).sum().item()} such targets): was the support recorded from the policy that sampled?"
+        )

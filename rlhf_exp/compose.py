@@ -1,0 +1,246 @@
+"""From overrides to a checked config dataclass; below this there is no Hydra and no OmegaConf.
+
+`compose` and `upstream` work inside a running application (a single run or a trial of a sweep) and on their
+own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_exp import conftree, overrides, schema
+from rlhf_exp.errors import InputError
+from rlhf_exp.paths import conf_dir
+
+ROOT = "config"
+# what an upstream stage takes over from the run that needs it, as far as both have it
+INHERITED = ("model", "lora", "strategy", "tracking", "seed", "output_dir", "resume", "device", "threads")
+INHERITED += ("adapters", "upstream")
+COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
+UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
+POLICY = ("ppo", "generation", "reward_source", "eval")
+# lines of Hydra's and OmegaConf's messages that do not say what is wrong
+ADVICE = ("Available options", "Config search path", "Search path", "See http", "To append to")
+TYPES = ("object_type=", "reference_type=")
+
+
+@contextmanager
+def session(config_dir: str | None = None) -> Iterator[Any]:
+    """Hydra reading our tree, and `config_dir` after it: the running one if there is one, else a new one."""
+    if _ours_runs():
+        yield GlobalHydra.instance().hydra
+        return
+    tree = conf_dir()
+    launchers = tree.parent / "launchers"
+    if launchers.is_dir() and str(launchers) not in sys.path:
+        sys.path.append(str(launchers))  # a checkout that is not installed; a wheel has them in hydra_plugins
+    schema.register()
+    others = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    with _afterwards(others), hydra.initialize_config_dir(str(tree), job_name="rlhf_exp", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        if config_dir is not None:
+            if not Path(config_dir).is_dir():
+                raise InputError(f"--config-dir {config_dir}: there is no such folder")
+            search_path = loader.get_search_path()
+            extra = f"file://{Path(config_dir).absolute()}"
+            search_path.prepend("command-line", extra, anchor=SearchPathQuery(provider="schema"))
+            loader.repository.initialize_sources(search_path)
+        yield GlobalHydra.instance().hydra
+
+
+@contextmanager
+def _afterwards(others: Any) -> Iterator[None]:
+    """Put the Hydra of another application back in its place."""
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = others
+
+
+def _folders() -> list[Path]:
+    """The config trees of the running Hydra, without its own and the schemas."""
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    return [Path(source.path) for source in sources if source.scheme() == "file"]
+
+
+def _ours_runs() -> bool:
+    return GlobalHydra.instance().is_initialized() and conf_dir() in _folders()
+
+
+def tree() -> conftree.Tree:
+    """Groups and options; call it inside a `session`."""
+    return conftree.read(_folders())
+
+
+def compose(given: Sequence[str]) -> tuple[schema.Run, dict[str, str]]:
+    """The config that these overrides make, and which option each group has.
+
+    Groups without a choice (experiment, when none is chosen) are not in the choices. Raises InputError with
+    every problem, a line each.
+    """
+    with session():
+        if problems := overrides.check(given, tree()):
+            raise InputError(problems)
+        config = load(given)
+        choices = choices_of(config.hydra)
+        return to_run(config), choices
+
+
+def opened(given: Sequence[str]) -> list[str]:
+    """The overrides as Hydra wants them: keys below `upstream.<stage>` are free, and need its `++`."""
+    return [f"++{line.lstrip('+')}" if line.lstrip("+").startswith("upstream.") else line for line in given]
+
+
+def load(given: Sequence[str]) -> DictConfig:
+    """Compose with Hydra, its own node included. Raises InputError for what is wrong in the files."""
+    try:
+        # also yaml's errors, and whatever Hydra stumbles over: it reads files and words, nothing else runs
+        with explained(Exception):
+            return hydra.compose(ROOT, overrides=opened(given), return_hydra_config=True)
+    except InputError as error:
+        raise InputError([_better(problem, given) for problem in error.problems]) from error.__cause__
+
+
+def _better(problem: str, given: Sequence[str]) -> str:
+    """Say better than Hydra that a file (mostly an experiment) has no stage, or a wrong key."""
+    if "You must specify 'stage'" in problem:
+        return overrides.no_stage(tree())
+    if found := UNKNOWN_KEY.fullmatch(problem):
+        stage = overrides.stage_of(overrides.parse(given)[0], tree())
+        return f"{found['file']}: {overrides.Checker(tree(), stage).unknown(found['key'])}"
+    return problem
+
+
+@contextmanager
+def explained(*also: type[Exception]) -> Iterator[None]:
+    """Hydra's and OmegaConf's own errors, and others where they can only be theirs, become an InputError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, *also) as error:
+        raise InputError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """A message of Hydra, OmegaConf or yaml in one line: what happened and where, without its advice."""
+    texts = [str(error)]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        texts.append(str(error.__cause__))
+    kept = []
+    for line in "\n".join(texts).splitlines():
+        words = line.strip()
+        if words.startswith(ADVICE + TYPES) or line.startswith("\t"):
+            continue
+        kept.append(f"(at {words.removeprefix('full_key: ')})" if words.startswith("full_key: ") else words)
+    return COMPOSING.sub(r"\1.yaml: ", " ".join(filter(None, kept)))
+
+
+def choices_of(node: DictConfig) -> dict[str, str]:
+    """Our groups' chosen options, from Hydra's node."""
+    chosen = OmegaConf.to_container(node.runtime.choices)
+    ours = {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+    return {group: option for group, option in ours.items() if option is not None and group != "sweep"}
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy of a composed config without Hydra's node."""
+    config = config.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
+
+
+def yaml(config: DictConfig, section: str | None = None, resolve: bool = False) -> str:
+    """A composed config as text, or one section (or key) of it; what `--cfg job` prints."""
+    shown = without_hydra(config)
+    if section is not None and section != "_global_":
+        shown = OmegaConf.select(shown, section, default=MISSING)
+        if shown == MISSING:
+            raise InputError(f"--package {section}: there is no such section")
+    return OmegaConf.to_yaml(shown, resolve=resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+
+
+def to_run(config: DictConfig, *, across: bool = True) -> schema.Run:
+    """The dataclass of a composed config, checked: below this point there is no OmegaConf."""
+    config = without_hydra(config)
+    with explained():
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise InputError([f"{key} has no value" for key in missing])
+        run = OmegaConf.to_object(config)
+    if problems := schema.problems(run, across=across):
+        raise InputError(problems)
+    return run
+
+
+def upstream(stage: str, parent: schema.Run, choices: dict[str, str]) -> tuple[schema.Run, dict[str, str]]:
+    """The config of a stage that `parent` needs: its defaults, then what flows, then `upstream.<stage>`.
+
+    Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
+    view that the stage reads; to ppo and eval also what they share with a ppo or pipeline run (the optimiser
+    only from pipeline to ppo). Raises InputError whose lines start with `upstream.<stage>: `.
+    """
+    with session():
+        given = overrides.settings(stage, getattr(parent.upstream, stage, {}), tree())
+        if given.problems:
+            raise InputError([f"upstream.{stage}: {problem}" for problem in given.problems])
+        flowing = _flowing(stage, parent)
+        groups = {g: option for g, option in choices.items() if g.partition("/")[0] in flowing}
+        if "dataset" in given.options:
+            groups.pop("dataset/template", None)  # the template of the dataset that was left
+        chosen = {"stage": stage, **groups, **given.options}
+        try:
+            composed = load([f"{group}={option}" for group, option in chosen.items()])
+            run = _inherit(to_run(composed, across=False), parent, flowing, given)
+            if problems := schema.problems(run):
+                raise InputError(problems)
+        except InputError as error:
+            raise InputError([f"upstream.{stage}: {problem}" for problem in error.problems]) from error
+        return run, choices_of(composed.hydra)
+
+
+def _flowing(stage: str, parent: schema.Run) -> list[str]:
+    """The fields of the parent that the upstream stage takes over."""
+    names = list(INHERITED)
+    if getattr(parent.dataset.views, schema.VIEW[stage]) is not None:
+        names.append("dataset")
+    if isinstance(parent, schema.PPORun) and stage in ("ppo", "eval"):
+        names += POLICY
+        if stage == "ppo":
+            names.append("optim")
+    if isinstance(parent, schema.EvalRun) and stage == "ppo":
+        names += ("generation", "reward_source")  # what is evaluated as reward is what it was trained on
+    theirs = {f.name for f in fields(parent)} & {f.name for f in fields(schema.RUNS[stage])}
+    return [name for name in names if name in theirs]
+
+
+def _inherit(
+    run: schema.Run, parent: schema.Run, flowing: list[str], given: overrides.Settings
+) -> schema.Run:
+    """Take the parent's values, keep the options chosen for this stage, then set the values given for it."""
+    composed = deepcopy(run)
+    for name in flowing:
+        setattr(run, name, deepcopy(getattr(parent, name)))
+    for group in sorted(given.options):
+        *sections, last = group.split("/")
+        source, target = composed, run
+        for section in sections:
+            source, target = getattr(source, section), getattr(target, section)
+        setattr(target, last, getattr(source, last))
+    node = OmegaConf.structured(run)
+    for key, value in given.values.items():
+        OmegaConf.update(node, key, value)
+    return OmegaConf.to_object(node)

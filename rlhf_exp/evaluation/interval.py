@@ -1,0 +1,78 @@
+"""How sure a mean is: standard errors, and intervals for the difference of two policies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_CELLS = 1 << 20  # resampled values held at once
+
+
+class Estimate(NamedTuple):
+    mean: float
+    se: float  # standard error of the mean
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def mean_se(values: Sequence[float]) -> Estimate:
+    """Mean and its standard error s / sqrt(n), s with n - 1 in the denominator.
+
+    One value has no standard error (nan), no value has no mean (nan); a nan among the values makes both nan.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0:
+        return Estimate(math.nan, math.nan)
+    se = x.std(ddof=1) / math.sqrt(x.size) if x.size > 1 else math.nan
+    return Estimate(float(x.mean()), float(se))
+
+
+def paired_bootstrap(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of after - before, with the percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+
+    before[i] and after[i] are scores on the same prompt; prompts are what is resampled, so that easy and hard
+    ones cancel. The same seed gives the same interval. One pair gives no interval (nan), nor do scores with a
+    nan. Raises ValueError for no pairs, or lists of different lengths.
+    """
+    if len(before) != len(after) or not len(before):
+        raise ValueError(f"pairs need as many scores before as after, got {len(before)} and {len(after)}")
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    n, mean = difference.size, float(difference.mean())
+    if n == 1 or not math.isfinite(mean):
+        return Interval(mean, math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    rows = max(1, _CELLS // n)
+    means = [
+        difference[generator.integers(n, size=(min(rows, draws - done), n))].mean(axis=1)
+        for done in range(0, draws, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def gains(
+    baseline: Mapping[str, Sequence[float]], policy: Mapping[str, Sequence[float]], *, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """For each score that both have (name -> one value a prompt): policy minus baseline, 95 % interval.
+
+    The form of a policy's optional "gain" in eval.json: {"gold": {"mean": .., "low": .., "high": ..}, ..}.
+    """
+    return {
+        name: paired_bootstrap(baseline[name], values, seed=seed)._asdict()
+        for name, values in policy.items()
+        if name in baseline
+    }

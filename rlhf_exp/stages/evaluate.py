@@ -1,0 +1,214 @@
+"""Policies on held-out prompts: the SFT model and every kept PPO adapter, paired by prompt and by noise.
+
+Writes eval.json, report.html and PNGs into its run folder. Every answer is scored by what the policy was trained on
+(reward) and by a scorer it never saw (gold); the KL is that of the untruncated distributions at temperature 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.data.load import load_view
+from rlhf_exp.data.records import Prompt
+from rlhf_exp.data.templates import encode_prompts
+from rlhf_exp.evaluation import interval, text
+from rlhf_exp.evaluation.report import write_report
+from rlhf_exp.model.heads import ScalarHead
+from rlhf_exp.model.roles import BASE, Roles
+from rlhf_exp.rewards import functions
+from rlhf_exp.rewards.source import score
+from rlhf_exp.rollout.engine import Rollout, generate
+from rlhf_exp.rollout.noise import row_key
+from rlhf_exp.rollout.scoring import answers, by_length, hidden_before, untruncated_kl
+from rlhf_exp.schema import EvalRun
+from rlhf_exp.stages.context import CHECKPOINTS, Context
+from rlhf_exp.tracking import read_metrics
+
+SHOW = (
+    ("reward", "reward", ".2f"),
+    ("gold", "gold", ".2f"),
+    ("kl", "KL", ".2f"),
+    ("length", "length", ".1f"),
+)
+ROWS = 64  # answers generated or scored together
+STEP = "step_"  # folders of kept adapters: checkpoints/step_00008
+
+
+@dataclass
+class Candidate:
+    """A policy to look at: its adapter's folder, None for the plain base."""
+
+    name: str
+    step: int
+    adapter: Path | None
+
+
+@dataclass
+class Measured:
+    """One policy's answers and figures."""
+
+    candidate: Candidate
+    rollout: Rollout
+    texts: list[str]
+    scores: dict[str, list[float]]  # "reward", "gold": one an answer
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def run(config: EvalRun, context: Context) -> dict[str, float]:
+    """Evaluate every candidate; write eval.json and the report."""
+    prompts = load_view(config.dataset, "prompts", "heldout")
+    prompts = sorted(prompts, key=lambda prompt: prompt.id)[: config.eval.prompts or None]
+    encoded = encode_prompts(context.base.tokenizer, config.dataset, [prompt.prompt for prompt in prompts])
+    found: list[Measured] = []
+    everyone = candidates(config, context)
+    with Roles(context.base) as roles, context.log("eval", len(everyone), SHOW) as log:
+        head = load_scorer(config, context, roles)
+        for number, candidate in enumerate(everyone, 1):
+            measured = measure(config, context, roles, head, candidate, prompts, encoded)
+            found.append(measured)
+            log.step(number, measured.metrics | {"policy_step": float(candidate.step)})
+            log.samples(number, sample_rows(measured, prompts))
+    evaluation = {
+        "policies": [
+            {
+                "name": m.candidate.name,
+                "step": m.candidate.step,
+                "metrics": m.metrics,
+                "gain": interval.gains(found[0].scores, m.scores, seed=config.seed),
+            }
+            for m in found
+        ],
+        "samples": [
+            {"prompt": prompts[i].prompt, "responses": {m.candidate.name: answer(m, i) for m in found}}
+            for i in range(min(config.eval.samples, len(prompts)))
+        ],
+    }
+    context.folder.write_json("eval.json", evaluation)
+    publish_report(config, context, evaluation, len(prompts))
+    first, last = found[0].metrics, found[-1].metrics
+    return {f"sft/{k}": v for k, v in first.items()} | {f"last/{k}": v for k, v in last.items()}
+
+
+def candidates(config: EvalRun, context: Context) -> list[Candidate]:
+    """The SFT model (or the base), then the kept PPO adapters in order of their step, the last one included."""
+    sft = context.adapter("sft")
+    found = [Candidate("sft" if sft else "base", 0, sft)]
+    if "ppo" not in context.parents:
+        return found
+    kept = sorted((context.parents["ppo"] / CHECKPOINTS).glob(f"{STEP}*")) if config.eval.checkpoints else []
+    steps = [int(folder.name.removeprefix(STEP)) for folder in kept]
+    found += [Candidate(f"ppo@{step}", step, folder) for step, folder in zip(steps, kept, strict=True)]
+    curves = read_metrics(context.parents["ppo"] / "metrics.jsonl")
+    end = int(curves[-1]["step"]) if curves else 1
+    return [*found, Candidate(f"ppo@{end}", end, context.adapter("ppo"))]
+
+
+def load_scorer(config: EvalRun, context: Context, roles: Roles) -> ScalarHead | None:
+    if config.reward_source.kind != "learned":
+        return None
+    roles.load("reward", context.adapter("reward"))
+    return ScalarHead.load(context.head("reward")).requires_grad_(False).to(roles.base.device)
+
+
+def measure(
+    config: EvalRun,
+    context: Context,
+    roles: Roles,
+    head: ScalarHead | None,
+    candidate: Candidate,
+    prompts: list[Prompt],
+    encoded: list[list[int]],
+) -> Measured:
+    """Answers of one policy to all prompts (the same noise for every policy), and its figures."""
+    role = BASE
+    if candidate.adapter is not None:
+        role = "candidate"
+        roles.load(role, candidate.adapter)
+    keys = [row_key(config.seed, 0, prompt.id) for prompt in prompts]
+    rollout = join(
+        generate(
+            context.base,
+            lambda: roles.use(role),
+            encoded[i : i + ROWS],
+            keys[i : i + ROWS],
+            config.generation,
+        )
+        for i in range(0, len(encoded), ROWS)
+    )
+    texts = context.base.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, rollout.responses, ROWS)}
+    if config.eval.gold != "none":
+        scores["gold"] = functions.score(config.eval.gold, [prompt.prompt for prompt in prompts], texts)
+    tokens = [
+        response[:-1] if ended else response
+        for response, ended in zip(rollout.responses, rollout.ended, strict=True)
+    ]
+    metrics = text.measure(texts, tokens, rollout.ended)
+    for name, values in scores.items():
+        metrics[name], metrics[f"{name}_se"] = interval.mean_se(values)
+    metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
+    if candidate.adapter is not None:
+        roles.remove(role)
+    return Measured(candidate, rollout, texts, scores, metrics)
+
+
+def join(parts: Any) -> Rollout:
+    """Rollouts one after the other."""
+    columns = zip(*parts, strict=True)
+    return Rollout(
+        *(None if column[0] is None else [row for part in column for row in part] for column in columns)
+    )
+
+
+@torch.no_grad()
+def kl_to_sft(context: Context, roles: Roles, role: str | None, rollout: Rollout) -> float:
+    """KL(policy || SFT) in nats an answer: exact at every visited position, untruncated, temperature 1."""
+    ref = BASE
+    if (sft := context.adapter("sft")) is not None:
+        ref = "ref"
+        roles.load(ref, sft)
+    total = 0.0
+    for rows in by_length(rollout, range(len(rollout.prompts)), ROWS):
+        batch = answers(rollout, rows, context.base)
+        hidden, ref_hidden = (hidden_before(roles, name, batch) for name in (role, ref))
+        total += float(untruncated_kl(context.base, hidden, ref_hidden).sum())
+    if ref is not BASE:
+        roles.remove(ref)
+    return total / len(rollout.prompts)
+
+
+def answer(measured: Measured, i: int) -> dict[str, Any]:
+    scores = {name: values[i] for name, values in measured.scores.items()}
+    return {"text": measured.texts[i], "ended": measured.rollout.ended[i], **scores}
+
+
+def sample_rows(measured: Measured, prompts: list[Prompt]) -> list[dict[str, object]]:
+    return [
+        {"policy": measured.candidate.name, "prompt": prompt.prompt, **answer(measured, i)}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def publish_report(config: EvalRun, context: Context, evaluation: dict[str, Any], prompts: int) -> None:
+    ppo = context.parents.get("ppo")
+    curves = read_metrics(ppo / "metrics.jsonl") if ppo else []
+    facts = {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "held-out prompts": str(prompts),
+        "reward": "learned reward model"
+        if config.reward_source.kind == "learned"
+        else config.reward_source.function,
+        "gold": config.eval.gold,
+        "seed": str(config.seed),
+        **{f"{stage} run": str(folder) for stage, folder in context.parents.items()},
+        "eval run": str(context.folder.path),
+    }
+    with context.folder.publish("report") as folder:
+        title = f"{config.model.name} on {config.dataset.name}"
+        write_report(folder, title, evaluation, curves, facts)
+    context.tracker.artifact(context.folder.path / "report", "report")

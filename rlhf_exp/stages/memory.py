@@ -1,0 +1,93 @@
+"""A rough estimate of the memory that a plan needs, by role, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_exp.model import shapes
+from rlhf_exp.model.shapes import Size
+from rlhf_exp.schema import PPORun, RewardRun, SFTRun
+from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.stages.preflight import targets_of
+
+BYTES = {"bfloat16": 2, "float32": 4}
+# a trained float32 number: the weight, its gradient, Adam's two moments
+TRAINED = 16
+# hidden-sized arrays a layer keeps for the backward, about: norms, q k v o, gate and up (2.7 times as wide), LoRA's
+# float32 copies of the inputs
+KEPT_PER_LAYER = 24
+LOGITS = 4 * 4 * 2**24  # the chunk of logits and what is computed from it (algorithms/logprob.py)
+
+
+def estimate(plan: Plan) -> Iterator[str]:
+    """Lines: the base once, then what each stage adds at its peak; and what four separate models would take."""
+    size = size_of(plan)
+    if size is None:
+        yield f"no memory estimate: model {plan.config.model.name} is not here and its file gives no sizes"
+        return
+    width = BYTES[plan.base.dtype]
+    base = size.parameters * width
+    yield f"base {gigabytes(base)} ({size.parameters / 1e9:.3g} B parameters in {plan.base.dtype}), held once"
+    peak = base
+    for node in plan.nodes:
+        if node.config is None or node.found:
+            continue
+        parts = _stage(node, plan, size)
+        peak = max(peak, base + sum(parts.values()))
+        yield f"{node.stage:6s} + " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
+    yield (
+        f"peak about {gigabytes(peak)}; with a separate model for each of the four roles the bases alone take "
+        + (f"{gigabytes(4 * base)}")
+    )
+
+
+def size_of(plan: Plan) -> Size | None:
+    """From the model's files, else from its config file's sizes; None if neither says."""
+    model = plan.config.model
+    if plan.base.folder is not None:
+        return shapes.size_of(plan.base.folder)
+    facts = (model.billion_params, model.layers, model.hidden_size, model.vocab_size)
+    return None if None in facts else Size(int(facts[0] * 1e9), *facts[1:])
+
+
+def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
+    config, width = node.config, BYTES[plan.base.dtype]
+    adapter = _adapter_parameters(node, plan, size)
+    data = config.dataset
+    if isinstance(config, SFTRun | RewardRun):
+        rows = min(config.train.micro_batch_size, config.train.batch_size) * (
+            1 + isinstance(config, RewardRun)
+        )
+        tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
+        return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
+    rows = config.ppo.micro_batch_size if isinstance(config, PPORun) else 64
+    length = data.max_prompt_tokens + config.generation.max_new_tokens
+    cache = 2 * rows * length * size.layers * size.hidden_size * width
+    if not isinstance(config, PPORun):
+        return {"adapters": 3 * 4 * adapter, "KV cache": cache, "logits": LOGITS}
+    trained = 2 if config.ppo.critic == "own" else 1
+    return {
+        "policy": trained * TRAINED * adapter,
+        "ref and reward": 2 * 4 * adapter,
+        "KV cache": cache,
+        "activations": min(rows, config.ppo.batch_size) * length * _kept(size, width),
+        "logits": LOGITS,
+    }
+
+
+def _kept(size: Size, width: int) -> int:
+    """Bytes a token that the backward needs."""
+    return size.layers * size.hidden_size * KEPT_PER_LAYER * width
+
+
+def _adapter_parameters(node: Node, plan: Plan, size: Size) -> int:
+    lora = node.config.lora
+    targets = targets_of(lora, node.config.model)
+    if plan.base.folder is None:  # square matrices, for want of shapes
+        return lora.r * 2 * size.hidden_size * size.layers * len(targets)
+    return shapes.lora_size(shapes.of_model(plan.base.folder), targets, lora.r)
+
+
+def gigabytes(value: float) -> str:
+    """2.1 GB, or MB below one tenth."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.0f} MB"

@@ -1,0 +1,30 @@
+"""Optimiser and learning rate, the same for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rlhf_exp.schema import Optim
+
+# our names -> those of transformers.get_scheduler
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def adamw(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with the config's settings."""
+    return torch.optim.AdamW(parameters, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, optim: Optim, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up over `warmup_ratio` of the steps, then linear or cosine to 0, or constant."""
+    from transformers import get_scheduler
+
+    warmup = round(optim.warmup_ratio * steps)
+    return get_scheduler(
+        SCHEDULES[optim.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    )

@@ -1,0 +1,160 @@
+"""From a config to results: plan, check, then build what is missing, each stage once, on one loaded base."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rlhf_exp.errors import InputError, Interrupted
+from rlhf_exp.schema import Run
+from rlhf_exp.stages import STAGES, memory, plan, preflight, summary
+from rlhf_exp.stages.context import ADAPTER, HEAD, Context
+from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
+from rlhf_exp.store.locks import build_lock
+from rlhf_exp.store.runs import FAILED, KILLED, RunFolder, find, run_folder
+from rlhf_exp.tracking import Tracker, open_tracker, tracked
+
+if TYPE_CHECKING:
+    from rlhf_exp.model.base import Base
+
+# what a sweep compares: the first of these that a stage reports
+OBJECTIVES = ("last/gold", "last/reward", "objective/scores", "validation/accuracy", "train/loss")
+
+
+def run(config: Run, choices: dict[str, str]) -> float | None:
+    """Build what `config` asks for and return its objective; None for a dry run.
+
+    Raises InputError, with every problem, before anything is loaded.
+    """
+    started = time.monotonic()
+    todo = plan.make(config, choices)
+    preflight.check(todo)
+    for line in todo.lines():
+        say(line)
+    if config.dry_run:
+        for line in memory.estimate(todo):
+            say(line)
+        return None
+    if todo.missing:
+        with experiment(todo) as tracker:
+            base = lazily(todo)
+            for node in todo.missing:
+                build(node, todo, tracker, base)
+    say(f"done in {time.monotonic() - started:.0f} s")
+    summary.show(todo)
+    return objective(todo.target.found)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def objective(folder: RunFolder) -> float | None:
+    metrics = folder.read().get("metrics", {})
+    return next((metrics[name] for name in OBJECTIVES if metrics.get(name) is not None), None)
+
+
+def lazily(todo: Plan) -> Callable[[], Base]:
+    """The base, loaded at the first call and shared by all stages of this process."""
+    loaded: list[Base] = []
+
+    def base() -> Base:
+        if not loaded:
+            import torch
+
+            from rlhf_exp.model.base import load_base
+
+            if todo.config.threads:
+                torch.set_num_threads(todo.config.threads)
+            loaded.append(load_base(todo.config.model, todo.base.device, todo.base.folder))
+        return loaded[0]
+
+    return base
+
+
+@contextmanager
+def experiment(todo: Plan) -> Iterator[Tracker | None]:
+    """The MLflow run whose children the stages are; None when only one stage runs, which then stands alone."""
+    config = todo.config
+    if len(todo.missing) == 1 and config.stage != "pipeline":
+        yield None
+        return
+    name = config.run_name or f"{config.stage} {todo.target.key[:6]}"
+    tracker = open_tracker(config.tracking, config.output_dir, name, {"stage": config.stage})
+    with tracked(tracker):
+        tracker.tags(cached_tags(todo))
+        yield tracker
+
+
+def cached_tags(todo: Plan) -> dict[str, str]:
+    """Links to the MLflow runs of stages that were not trained again."""
+    found = {}
+    for node in todo.nodes:
+        if node.found:
+            found[f"cached.{node.stage}"] = node.key
+            if run_id := node.found.read().get("mlflow_run_id"):
+                found[f"cached.{node.stage}.run_id"] = run_id
+    return found
+
+
+def build(node: Node, todo: Plan, tracker: Tracker | None, base: Callable[[], Base]) -> None:
+    """Train one stage, or wait for another process that does, and note where the result is."""
+    config = node.config
+    fresh = config.resume == "never" and todo.config.stage in (node.stage, "pipeline")
+    folder = run_folder(config.output_dir, node.stage, node.key, "never" if fresh else "auto")
+    with build_lock(folder.path, say):
+        node.found = None if fresh else find(config.output_dir, node.stage, node.key)
+        if node.found:
+            say(f"{node.stage} {node.key[:6]}: built by another process meanwhile, reused")
+            return
+        name = f"{node.stage} {node.key[:6]}"
+        tags = {"stage": node.stage, "key": node.key, "folder": str(folder.path.absolute())}
+        if tracker is None:
+            name = config.run_name or name
+            tags |= cached_tags(todo)
+            own = open_tracker(config.tracking, config.output_dir, name, tags)
+        else:
+            own = tracker.child(name, tags)
+        with tracked(own), recorded(folder, node, own):
+            parents = {name: parent.folder for name, parent in node.parents.items() if parent.folder}
+            context = Context(base(), folder, own, parents)
+            metrics = import_module(STAGES[node.stage].module).run(config, context)
+            own.metrics({f"final/{name}": value for name, value in metrics.items()}, step=0)
+            for part in (ADAPTER, HEAD):
+                if (folder.path / part).is_dir():
+                    own.artifact(folder.path / part, part)
+            folder.finish(metrics)
+        node.found = folder
+
+
+@contextmanager
+def recorded(folder: RunFolder, node: Node, tracker: Tracker) -> Iterator[None]:
+    """run.json from start to end, the frozen config, and how the run ended."""
+    inputs: dict[str, Any] = {**node.inputs, "parents": {}}
+    for name, parent in node.parents.items():
+        path = None if parent.folder is None else os.path.relpath(parent.folder, folder.path)
+        inputs["parents"][name] = {"stage": name, "key": node.inputs["parents"][name]["key"], "path": path}
+    folder.start(inputs, mlflow_run_id=tracker.run_id)
+    freeze(folder, node.config, sys.argv[1:])
+    tracker.params(asdict(node.config))
+    for name in (CONFIG, VERSIONS):
+        tracker.artifact(folder.path / name)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, Interrupted):
+        folder.fail(KILLED, "stopped by a signal")
+        raise
+    except InputError as error:
+        folder.fail(FAILED, str(error))
+        raise
+    except BaseException:
+        folder.fail(FAILED, traceback.format_exc())
+        raise

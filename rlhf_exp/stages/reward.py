@@ -1,0 +1,190 @@
+"""The reward model: LoRA and a scalar head on the shared base, Bradley-Terry loss (Ouyang et al. 2022, eq. 1).
+
+The score is the head's number at the last real token, EOS included: the same in training, evaluation and PPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from rlhf_exp.algorithms.pairwise import pairwise_accuracy, pairwise_loss, wilson_interval
+from rlhf_exp.data.collate import right_pad
+from rlhf_exp.data.load import load_view, longer_chosen, statistics
+from rlhf_exp.data.records import Comparison
+from rlhf_exp.data.templates import Cuts, encode_prompts, encode_responses
+from rlhf_exp.model.heads import ScalarHead
+from rlhf_exp.model.roles import Roles, lora_config
+from rlhf_exp.rewards.learned import last_token_scores, score_sequences
+from rlhf_exp.schema import RewardRun
+from rlhf_exp.stages import supervised
+from rlhf_exp.stages.context import ADAPTER, HEAD, HEAD_FILE, Context
+from rlhf_exp.stages.optim import adamw, schedule
+
+SHOW = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".2f"), ("optim/lr", "lr", ".1e"))
+NAMES = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "optim/lr",
+}
+CENTRED_ON = 256  # chosen answers whose mean score becomes 0
+
+Pair = tuple[list[int], list[int]]  # ids of prompt + chosen, and of prompt + rejected
+
+
+def run(config: RewardRun, context: Context) -> dict[str, float]:
+    """Train adapter and head; publish both; report accuracy beside the length-only baseline."""
+    base, cuts = context.base, Cuts()
+    rows = {split: load_view(config.dataset, "comparisons", split) for split in ("train", "validation")}
+    pairs = {split: encode(config, context, found, cuts) for split, found in rows.items()}
+    steps = supervised.steps_of(config.train, len(pairs["train"]))
+    with (
+        Roles(base) as roles,
+        supervised.as_before(base),
+        supervised.trainer_arguments(config, base, steps) as arguments,
+        context.log("reward", steps, SHOW) as log,
+    ):
+        roles.new("reward", lora_config(config.lora, config.model), config.seed)
+        head = ScalarHead(base.hidden_size).reset(config.seed).to(base.device)
+        model = RewardModel(roles, head)
+        optimizer = adamw([*roles.parameters("reward"), *head.parameters()], config.optim)
+        trainer = PairTrainer(
+            model=model,
+            args=TrainingArguments(**arguments),
+            train_dataset=supervised.dataset_of(
+                chosen=[chosen for chosen, _ in pairs["train"]],
+                rejected=[rejected for _, rejected in pairs["train"]],
+            ),
+            data_collator=Collate(base.pad_id),
+            optimizers=(optimizer, schedule(optimizer, config.optim, steps)),
+            callbacks=[supervised.LogTo(log, NAMES)],
+        )
+        supervised.without_printing(trainer)
+        result = trainer.train()
+        base.model.eval()
+        size = 2 * config.train.micro_batch_size
+        if config.reward.center:
+            center(roles, head, [chosen for chosen, _ in pairs["train"][:CENTRED_ON]], size)
+        metrics = {"train/loss": result.training_loss, "data/pairs": float(len(pairs["train"]))}
+        if pairs["validation"]:
+            found, scores = evaluate(roles, head, rows["validation"], pairs["validation"], size)
+            metrics |= found
+            log.samples(steps, samples(rows["validation"], scores))
+        with context.folder.publish(ADAPTER) as folder:
+            roles.save("reward", folder)
+        with context.folder.publish(HEAD) as folder:
+            head.save(folder / HEAD_FILE)
+    return metrics | statistics(config.dataset, "comparisons").metrics() | cuts.metrics()
+
+
+def encode(config: RewardRun, context: Context, rows: Sequence[Comparison], cuts: Cuts) -> list[Pair]:
+    tokenizer, dataset = context.base.tokenizer, config.dataset
+    prompts = encode_prompts(tokenizer, dataset, [row.prompt for row in rows], cuts)
+    chosen = encode_responses(tokenizer, dataset, [row.chosen for row in rows], cuts=cuts)
+    rejected = encode_responses(tokenizer, dataset, [row.rejected for row in rows], cuts=cuts)
+    return [(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+
+
+class Collate:
+    """Pairs -> ids int64[2b, L] right-padded, first the chosen then the rejected, and lengths int64[2b]."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        ids, lengths = right_pad(sequences, self.pad_id)
+        return {"ids": ids, "lengths": lengths}
+
+
+class RewardModel(nn.Module):
+    """Adapter and head as one module, as the Trainer wants it."""
+
+    def __init__(self, roles: Roles, head: ScalarHead):
+        super().__init__()
+        self.base_model, self.head = roles.base.model, head
+        self._roles = roles
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Scores [2b]."""
+        return last_token_scores(self._roles, "reward", self.head, ids, lengths)
+
+
+class PairTrainer(Trainer):
+    """Trainer with the pairwise loss; logs the accuracy on the training pairs beside it."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = (
+            False  # the loss is a mean over pairs, and so averaged over micro-batches
+        )
+        self._accuracies: list[float] = []
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        chosen, rejected = model(**inputs).chunk(2)
+        self._accuracies.append(float(pairwise_accuracy(chosen.detach(), rejected.detach())))
+        loss = pairwise_loss(chosen, rejected)
+        return (loss, torch.stack([chosen, rejected])) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        if self._accuracies:
+            logs["accuracy"] = sum(self._accuracies) / len(self._accuracies)
+            self._accuracies = []
+        super().log(logs, *arguments, **keywords)
+
+
+def center(roles: Roles, head: ScalarHead, sequences: Sequence[list[int]], size: int) -> None:
+    """Shift the bias so that the mean score of `sequences` is 0 (Stiennon et al. 2020, appendix C.1).
+
+    The loss only sees differences, so the constant is free; fixed like this, a score says how much better or worse
+    than a typical preferred answer.
+    """
+    scores = score_sequences(roles, "reward", head, sequences, size)
+    with torch.no_grad():
+        head.bias -= sum(scores) / len(scores)
+
+
+def evaluate(
+    roles: Roles, head: ScalarHead, rows: Sequence[Comparison], pairs: Sequence[Pair], size: int
+) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """Accuracy with its 95 % interval beside the rule "the longer answer wins" on the same pairs, and the scores."""
+    chosen, rejected = (
+        torch.tensor(score_sequences(roles, "reward", head, [pair[side] for pair in pairs], size))
+        for side in (0, 1)
+    )
+    accuracy = float(pairwise_accuracy(chosen, rejected))
+    low, high = wilson_interval(accuracy * len(pairs), len(pairs))
+    metrics = {
+        "validation/accuracy": accuracy,
+        "validation/accuracy_low": low,
+        "validation/accuracy_high": high,
+        "validation/length_accuracy": longer_chosen(rows),
+        "validation/loss": float(pairwise_loss(chosen, rejected)),
+        "validation/margin": float((chosen - rejected).mean()),
+        "validation/pairs": float(len(pairs)),
+    }
+    return metrics, list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def samples(
+    rows: Sequence[Comparison], scores: Sequence[tuple[float, float]], most: int = 8
+) -> list[dict[str, object]]:
+    """The pairs that the model gets most wrong, worst first."""
+    worst = sorted(range(len(rows)), key=lambda i: scores[i][0] - scores[i][1])[:most]
+    return [
+        {
+            "prompt": rows[i].prompt,
+            "chosen": rows[i].chosen,
+            "rejected": rows[i].rejected,
+            "chosen_score": scores[i][0],
+            "rejected_score": scores[i][1],
+        }
+        for i in worst
+    ]

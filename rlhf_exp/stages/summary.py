@@ -1,0 +1,73 @@
+"""What a person sees at the end: figures, samples, where things are, how to open MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from rlhf_exp.schema import Run
+from rlhf_exp.stages.plan import Plan
+
+# the figures of a stage worth a line on the screen; all are in run.json
+FIGURES = {
+    "sft": (("train/loss", "loss"), ("data/rows", "rows")),
+    "reward": (
+        ("validation/accuracy", "validation accuracy"),
+        ("validation/accuracy_low", "from"),
+        ("validation/accuracy_high", "to"),
+        ("validation/length_accuracy", "length-only baseline"),
+        ("validation/pairs", "pairs"),
+    ),
+    "ppo": (
+        ("objective/scores", "score"),
+        ("objective/kl", "KL"),
+        ("response/length_mean", "length"),
+    ),
+}
+SHOWN_PROMPTS = 3
+
+
+def show(plan: Plan) -> None:
+    """Print the summary of a plan that is built."""
+    for node in plan.nodes:
+        if node.found and node.stage in FIGURES:
+            metrics = node.found.read().get("metrics", {})
+            said = [
+                f"{label} {metrics[key]:.4g}"
+                for key, label in FIGURES[node.stage]
+                if metrics.get(key) is not None
+            ]
+            print(f"{node.stage:6s} {node.key[:6]}  {', '.join(said)}")
+    target = plan.target.found
+    if plan.target.stage == "eval":
+        _tables(target.path / "eval.json")
+    print(f"\nrun folder   {_shown(target.path)}")
+    if (report := target.path / "report" / "report.html").is_file():
+        print(f"report       {_shown(report)}")
+    _mlflow(plan.config)
+
+
+def _tables(path: Path) -> None:
+    from rich.console import Console
+
+    from rlhf_exp.evaluation.tables import samples_table, summary_table
+
+    evaluation = json.loads(path.read_text())
+    console = Console()
+    console.print()
+    console.print(summary_table(evaluation))
+    if evaluation["samples"]:
+        console.print(samples_table(evaluation, SHOWN_PROMPTS))
+
+
+def _mlflow(config: Run) -> None:
+    if config.tracking.backend == "mlflow":
+        from rlhf_exp.tracking import how_to_open, tracking_uri
+
+        print(f"MLflow       {how_to_open(tracking_uri(config.tracking, config.output_dir))}")
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,0 +1,46 @@
+"""Nothing makes a tensor on a device of its own choosing.
+
+With the default device set to "meta", a tensor made without `device=` has no data and cannot meet a CPU one.
+"""
+
+import torch
+
+from rlhf_exp.algorithms import gae, kl, logprob, masked, pairwise, ppo
+from rlhf_exp.algorithms.support import Support
+
+
+def test_results_stay_on_the_device_of_the_arguments(lengths_mask):
+    mask = lengths_mask([3, 1], 4)
+    x, scores = torch.randn(2, 4), torch.randn(2)
+    allowed = torch.rand(5, 7) < 0.5
+    hidden, weight, targets = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)
+    allowed[torch.arange(5), targets] = True
+    positions, index = torch.arange(5) == 1, torch.tensor([2, 0])
+    hidden.requires_grad_()
+    with torch.device("meta"):
+        support = Support.from_mask(allowed)
+        results = [
+            masked.masked_mean(x, mask),
+            masked.masked_var(x, mask),
+            *masked.Moments.of(x, mask),
+            masked.whiten(x, mask),
+            masked.last_token(mask),
+            masked.sequence_weights(mask),
+            *support.rows(index),
+            *support.select(positions),
+            *Support.concat(support.split(2)),
+            support.to_mask(7),
+            logprob.token_logprobs(hidden @ weight.T, targets, allowed=allowed),
+            logprob.entropy(hidden @ weight.T, allowed=allowed),
+            *logprob.linear_logprobs(hidden, weight, None, targets, 1.0, support, (positions, [6]), 2),
+            kl.kl_divergence_estimate(x, x, "k3", mask),
+            kl.full_kl(x, x),
+            kl.kl_rewards(scores, x, mask, 0.1),
+            *gae.gae(x, x, mask, 1.0, 0.95),
+            *ppo.policy_loss(x, x, x, mask, 0.2, 0.2, 4, masked.sequence_weights(mask), 3.0),
+            *ppo.value_loss(x, x, x, mask, 0.2, 4),
+            ppo.explained_variance(x, x, mask),
+            pairwise.pairwise_loss(scores, scores),
+            pairwise.pairwise_accuracy(scores, scores),
+        ]
+    assert all(result.device.type == "cpu" for result in results)

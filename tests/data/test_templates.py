@@ -1,0 +1,197 @@
+"""Text and ids, with a tokenizer of one token a byte: lengths are string lengths and ids decode exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_exp.data.templates import (
+    Cuts,
+    encode_prompt,
+    encode_prompts,
+    encode_response,
+    encode_responses,
+    render_prompt,
+    render_response,
+)
+from rlhf_exp.errors import InputError
+from rlhf_exp.schema import Template
+
+EOS = 256
+HEAD = "SUBREDDIT: r/a\nTITLE: a title\nPOST:"
+POST = " one two\nthree\nfour five"
+
+
+@pytest.fixture
+def prompt_text(tokenizer, dataset):
+    """prompt_text(prompt, most, template, truncate) -> what the model reads of a prompt."""
+
+    def prompt_text(prompt: str, most: int, template: str = "{prompt}", truncate: str = "left") -> str:
+        template = Template("x", template, " {response}", truncate)
+        data = dataset("reviews", "unused", template=template, max_prompt_tokens=most)
+        ids = encode_prompt(tokenizer, data, prompt)
+        assert len(ids) <= most
+        return tokenizer.decode(ids)
+
+    return prompt_text
+
+
+def test_rendering_leaves_all_other_braces_alone():
+    template = Template("x", "Q: {prompt} {} {x}\nA:", " {response}", "left")
+    rendered = render_prompt(template, "what is {response} or {prompt}?")
+    assert rendered == "Q: what is {response} or {prompt}? {} {x}\nA:"
+    assert render_response(template, "{it}") == " {it}"
+
+
+def test_response_ends_with_eos_by_id(tokenizer, dataset):
+    data = dataset("reviews", "unused", max_response_tokens=10)
+    ids = encode_response(tokenizer, data, "ab")
+    assert ids[-1] == EOS and tokenizer.decode(ids[:-1]) == " ab"
+    assert encode_response(tokenizer, data, "ab", eos=False) == ids[:-1]
+
+
+@pytest.mark.parametrize(("most", "text", "ended"), [(4, " ab", True), (3, " ab", False), (2, " a", False)])
+def test_a_response_that_was_cut_does_not_end(tokenizer, dataset, most, text, ended):
+    """ " ab" and its EOS are four tokens."""
+    cuts = Cuts()
+    ids = encode_response(tokenizer, dataset("reviews", "unused", max_response_tokens=most), "ab", cuts=cuts)
+    assert tokenizer.decode([id for id in ids if id != EOS]) == text
+    assert (ids[-1] == EOS) == ended
+    assert (cuts.responses, cuts.responses_cut) == (1, int(not ended))
+
+
+def test_a_tokenizer_without_eos(dataset, tokenizer):
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.eos_token = None
+    with pytest.raises(InputError, match="no EOS token"):
+        encode_responses(other, dataset("reviews", "unused"), ["a"])
+    assert encode_responses(other, dataset("reviews", "unused"), ["a"], eos=False)
+
+
+def test_no_special_tokens_are_added(tokenizer, dataset):
+    """A tokenizer with a BOS that it adds by itself (Llama's) gives the bare ids too."""
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    other = deepcopy(tokenizer)
+    bos = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", EOS)])
+    other.backend_tokenizer.post_processor = bos
+    assert other("ab")["input_ids"][0] == EOS
+    data = dataset("reviews", "unused")
+    assert encode_prompt(other, data, "ab") == tokenizer("ab")["input_ids"]
+    assert EOS not in encode_response(other, data, "ab", eos=False)
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer, dataset):
+    data = dataset("reviews", "unused", template=Template("x", "{prompt}</s>", "{response}", "left"))
+    assert tokenizer("a</s>")["input_ids"][-1] == EOS  # what happens to text otherwise
+    ids = encode_prompt(tokenizer, data, "a</s>b")
+    assert ids.count(EOS) == 1 and ids[-1] == EOS and len(ids) == 7  # a < / s > b and the template's
+    assert EOS not in encode_response(tokenizer, data, "</s>", eos=False)
+    data.max_prompt_tokens = 3
+    ids = encode_prompt(tokenizer, data, "a</s>b")
+    assert ids[-1] == EOS and tokenizer.decode(ids[:2]) == ">b"
+
+
+def test_left_and_right_cut_the_prompt_and_never_the_template(prompt_text):
+    assert prompt_text("0123456789", 4) == "6789"
+    assert prompt_text("0123456789", 4, truncate="right") == "0123"
+    assert prompt_text("0123456789", 10) == "0123456789"
+    frame = "Q: {prompt}\nA:"  # six tokens
+    assert prompt_text("0123456789", 9, frame) == "Q: 789\nA:"
+    assert prompt_text("0123456789", 9, frame, "right") == "Q: 012\nA:"
+    assert prompt_text("0123456789", 16, frame) == "Q: 0123456789\nA:"
+    assert prompt_text("0123456789", 6, frame) == "Q: \nA:"
+    for truncate in ("left", "right", "tldr"):
+        with pytest.raises(InputError, match=r"max_prompt_tokens=5 leaves no room .* takes 6 tokens"):
+            prompt_text("0123456789", 5, frame, truncate)
+
+
+def test_a_tldr_prompt_that_fits_is_not_touched(prompt_text):
+    whole = f"{HEAD}{POST}\nTL;DR:"
+    assert prompt_text(whole, len(whole), truncate="tldr") == whole
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        f"{HEAD} one two\nthree",  # at the last newline
+        f"{HEAD} one two",
+        f"{HEAD} one",  # the first line is too long: at a word
+        f"{HEAD} on",  # the first word is too long: at a character
+        f"{HEAD}",
+        "SUBREDDIT: r/a\nTITLE: a title",  # no room for any post: the fields before it, by words
+        "SUBREDDIT: r/a\nTITLE: a",
+        "SUBREDDIT: r/a",
+        "SUBREDDIT:",
+        "SUB",
+        "",
+    ],
+)
+def test_a_tldr_prompt_is_cut_by_openais_rule(prompt_text, kept):
+    expected = f"{kept}\nTL;DR:".lstrip()
+    assert prompt_text(f"{HEAD}{POST}\nTL;DR:", len(expected), truncate="tldr") == expected
+
+
+def test_one_token_less_takes_the_whole_last_line(prompt_text):
+    whole = f"{HEAD}{POST}\nTL;DR:"
+    assert prompt_text(whole, len(whole) - 1, truncate="tldr") == f"{HEAD} one two\nthree\nTL;DR:"
+    shorter = len(f"{HEAD} one two\nthree\nTL;DR:") - 1
+    assert prompt_text(whole, shorter, truncate="tldr") == f"{HEAD} one two\nTL;DR:"
+
+
+def test_a_cut_at_an_empty_line_leaves_no_empty_line(prompt_text):
+    whole = f"{HEAD} one\n\n \ntwo\nTL;DR:"
+    assert prompt_text(whole, len(whole) - 1, truncate="tldr") == f"{HEAD} one\nTL;DR:"
+
+
+def test_the_post_is_cut_within_a_template_and_with_special_tokens_in_it(prompt_text):
+    prompt = "\nPOST: aa\n</s>\nb\nTL;DR:"  # with the template: 30 tokens
+    assert prompt_text(prompt, 28, "Human: {prompt}", "tldr") == "Human: \nPOST: aa\n</s>\nTL;DR:"
+    assert prompt_text(prompt, 27, "Human: {prompt}", "tldr") == "Human: \nPOST: aa\nTL;DR:"
+
+
+def test_the_last_line_that_fits_is_kept_where_the_first_guess_is_too_short(tokenizer, dataset):
+    """Two special tokens of the template, spelled with eight characters, hide how much room there is."""
+    template = Template("x", "</s></s>{prompt}", " {response}", "tldr")
+    expected = f"{HEAD} one two\nthree\nTL;DR:"
+    data = dataset("tldr", "unused", template=template, max_prompt_tokens=2 + len(expected))
+    ids = encode_prompt(tokenizer, data, f"{HEAD}{POST}\nTL;DR:")
+    assert ids[:2] == [EOS, EOS] and tokenizer.decode(ids[2:]) == expected
+
+
+def test_a_prompt_without_the_fields_of_tldr(prompt_text):
+    assert prompt_text("one two\nthree", 9, truncate="tldr") == "one two"
+    assert prompt_text("\u4f60\u597d\u4f60\u597d", 7, truncate="tldr") == "\u4f60\u597d"  # 3 bytes each
+
+
+def test_cuts_are_counted_by_row(tokenizer, dataset):
+    cuts = Cuts()
+    data = dataset("reviews", "unused", max_prompt_tokens=3, max_response_tokens=3)
+    encode_prompts(tokenizer, data, ["abc", "abcd", "abcd"], cuts)
+    encode_responses(tokenizer, data, ["a", "ab"], cuts=cuts)
+    assert str(cuts) == "cut: 2 of 3 prompts, 1 of 2 responses"
+    assert cuts.metrics() == {"data/prompts_cut": 2.0, "data/responses_cut": 1.0}
+
+
+def test_a_prompt_is_tokenised_once_and_returned_as_often_as_asked(tokenizer, dataset):
+    class Spy:
+        seen: list[str] = []  # noqa: RUF012
+        added_tokens_decoder = tokenizer.added_tokens_decoder
+
+        def __call__(self, texts, **options):
+            self.seen.extend(texts)
+            return tokenizer(texts, **options)
+
+    rows = encode_prompts(Spy(), dataset("reviews", "unused"), ["ab", "c", "ab"])
+    assert Spy.seen == ["ab", "c"]
+    assert [tokenizer.decode(row) for row in rows] == ["ab", "c", "ab"]
+    rows[0].append(7)
+    assert tokenizer.decode(rows[2]) == "ab"  # rows are independent lists
+
+
+def test_nothing_to_encode(tokenizer, dataset):
+    data = dataset("reviews", "unused")
+    assert encode_prompts(tokenizer, data, []) == encode_responses(tokenizer, data, []) == []

@@ -1,0 +1,97 @@
+"""Scoring forwards: padding and batching never matter, and the log-probs are those that were sampled from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_exp.rollout.engine import Rollout, generate
+from rlhf_exp.rollout.noise import row_key
+from rlhf_exp.rollout.scoring import (
+    answer_logprobs,
+    answers,
+    by_length,
+    hidden_before,
+    untruncated_kl,
+)
+from rlhf_exp.schema import Generation
+
+
+def sample(base, roles, prompts, generation) -> Rollout:
+    keys = [row_key(0, 1, i) for i in range(len(prompts))]
+    return generate(base, lambda: roles.use("policy"), prompts, keys, generation)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        Generation(max_new_tokens=9),
+        Generation(max_new_tokens=9, temperature=0.7, min_new_tokens=4),
+        Generation(max_new_tokens=9, top_p=0.7, temperature=1.3),
+        Generation(max_new_tokens=9, top_k=10, min_new_tokens=2),
+    ],
+    ids=["plain", "temperature", "top-p", "top-k"],
+)
+@torch.no_grad()
+def test_scoring_forward_gives_the_samplers_logprobs(base, roles, prompts, generation):
+    rollout = sample(base, roles, prompts, generation)
+    batch = answers(rollout, range(len(prompts)), base)
+    scored = answer_logprobs(base, hidden_before(roles, "policy", batch), batch, generation)
+    assert (scored.logprobs - torch.cat(rollout.logprobs)).abs().max() < 2e-5
+    if generation.top_k or generation.top_p < 1:
+        assert scored.kept_mass.max() < 1
+    elif generation.min_new_tokens == 1:
+        # only EOS at the first position is missing
+        assert (scored.kept_mass[batch.first > 0] == 1).all()
+        assert (scored.kept_mass[batch.first == 0] < 1).all()
+
+
+@torch.no_grad()
+def test_rows_alone_equal_rows_in_a_batch(base, roles, prompts):
+    generation = Generation(max_new_tokens=7)
+    rollout = sample(base, roles, prompts, generation)
+    together = answers(rollout, [4, 1, 6], base)
+    logprobs = answer_logprobs(base, hidden_before(roles, "ref", together), together, generation).logprobs
+    alone = []
+    for row in (4, 1, 6):
+        ids = torch.tensor([rollout.prompts[row] + rollout.responses[row]])
+        with roles.use("ref"):
+            logits = base.model(input_ids=ids).logits[0]
+        start = len(rollout.prompts[row])
+        for t, token in enumerate(rollout.responses[row]):
+            row_logits = logits[start + t - 1].clone()
+            if t == 0:
+                row_logits[base.eos_id] = -torch.inf
+            alone.append(row_logits.log_softmax(0)[token])
+    assert (logprobs - torch.stack(alone)).abs().max() < 1e-5
+
+
+def test_answers_by_hand(base):
+    rollout = Rollout([[5, 6], [7]], [[8], [9, 10, 2]], [False, True], [torch.zeros(1), torch.zeros(3)], None)
+    batch = answers(rollout, [1, 0], base)
+    assert batch.rows.tolist() == [1, 0]
+    assert batch.ids.tolist() == [[7, 9, 10, 2], [5, 6, 8, base.pad_id]]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
+    # row 1's tokens are predicted at positions 0, 1, 2; row 0's at position 1
+    assert [part.tolist() for part in batch.before] == [[0, 0, 0, 1], [0, 1, 2, 1]]
+    assert batch.targets.tolist() == [9, 10, 2, 8]
+    assert batch.first.tolist() == [0, 1, 2, 0]
+
+
+def test_groups_by_length(base):
+    rollout = Rollout([[1] * n for n in (5, 1, 3, 2)], [[1]] * 4, [False] * 4, [], None)
+    assert by_length(rollout, [0, 1, 2, 3], 3) == [[1, 3, 2], [0]]
+    assert by_length(rollout, [2, 0], 8) == [[2, 0]]
+
+
+@torch.no_grad()
+def test_untruncated_kl_by_the_definition(base, roles, prompts, monkeypatch):
+    monkeypatch.setattr("rlhf_exp.rollout.scoring.LOGIT_BUDGET", 512 * 5)  # several chunks
+    rollout = sample(base, roles, prompts, Generation(max_new_tokens=5, top_k=3))
+    batch = answers(rollout, range(len(prompts)), base)
+    hidden = [hidden_before(roles, role, batch) for role in ("policy", "ref")]
+    got = untruncated_kl(base, *hidden)
+    weight, _ = base.output_layer
+    p, q = ((h.double() @ weight.double().T).softmax(-1) for h in hidden)
+    assert (got - (p * (p / q).log()).sum(-1)).abs().max() < 1e-5
+    assert untruncated_kl(base, hidden[0], hidden[0]).abs().max() == 0
