@@ -38,11 +38,11 @@ def token_logprobs(
     """
     check_shapes(logits=(logits, "... V"), targets=(targets, "..."))
     _check_vocabulary("target", targets, logits.shape[-1])
-    targets = targets.long()
+    logprobs = _log_softmax(logits, temperature, allowed)
+    index = targets.long().unsqueeze(-1)
     if allowed is not None:
-        check_shapes(logits=(logits, "... V"), allowed=(allowed, "... V"))
-        _check_kept(allowed.gather(-1, targets.unsqueeze(-1)).squeeze(-1), targets)
-    return _log_softmax(logits, temperature, allowed).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        _check_kept(allowed.gather(-1, index).squeeze(-1), targets)
+    return logprobs.gather(-1, index).squeeze(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:

@@ -101,7 +101,7 @@ def last_token(mask: Tensor) -> Tensor:
     if empty.any():
         raise ValueError(f"rows {empty.nonzero().flatten().tolist()} of mask have no token that counts")
     positions = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, positions, -1).amax(dim=1)
+    return torch.where(mask, positions, 0).amax(dim=1)
 
 
 def sequence_weights(mask: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ def frontier_panels(found: Sequence[outcome.Policy]) -> list[Panel]:
         if points:
             metric = outcome.BY_KEY[key]
             title = f"{metric.label} against KL"
-            bars = " with 95 % intervals" if any(point.error for point in points) else ""
-            unit = f"mean on held-out prompts{bars}; labels: PPO step"
+            bars = ", 95 % intervals" if any(point.error for point in points) else ""
+            unit = f"held-out mean{bars}; labels: PPO step"
             about = "; ".join(f"{p.label}: KL {p.x:.1f}, {metric.label.lower()} {p.y:.2f}" for p in points)
             drawing = _frontier(points, start["name"], THEME[key])
             x_label = f"KL from {outcome.title(start)} (nats an answer)"

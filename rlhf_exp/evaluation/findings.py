@@ -76,10 +76,17 @@ def warnings(found: Sequence[outcome.Policy], curves: Sequence[Mapping[str, Any]
     if before is not after:
         lines += _against(before, after)
     best = outcome.best(found, outcome.BY_KEY["gold"])
-    if best is not None and best is not after:
+    if best is not None and _clearly_better(best, after):
         value = outcome.write(outcome.finite(best["metrics"], "gold"), ".2f")
         lines.append(f"The best gold score, {value}, is that of {best['name']}, not of the last checkpoint.")
     return lines
+
+
+def _clearly_better(best: outcome.Policy, after: outcome.Policy) -> bool:
+    """By more than a standard error, where there is one."""
+    values = [outcome.finite(policy["metrics"], "gold") for policy in (after, best)]
+    errors = [outcome.finite(policy["metrics"], "gold_se") or 0 for policy in (after, best)]
+    return best is not after and (values[0] is None or values[1] - values[0] > max(errors))
 
 
 def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:

@@ -47,7 +47,14 @@ def place(
         _, _, middle, box = min(choices)
         taken.append(box)
         offset = (middle[0] - x) / scale, (middle[1] - y) / scale
-        style = {"ha": "center", "va": "center", "fontsize": SIZE, "color": colour, "annotation_clip": False}
+        style = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": SIZE,
+            "color": colour,
+            "annotation_clip": False,
+            "parse_math": False,
+        }
         axes.annotate(label, point, offset, textcoords="offset points", **style).set_in_layout(False)
 
 

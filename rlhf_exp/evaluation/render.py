@@ -57,10 +57,10 @@ def svg(panel: Panel, size: tuple[float, float], name: str) -> str:
     stream = io.StringIO()
     with _defaults({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = _draw([panel], 1, size, 72, "none")
-        FigureCanvasSVG(figure).print_svg(stream, metadata=dict.fromkeys(_SVG_METADATA))
+        FigureCanvasSVG(figure).print_svg(stream)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # among it the date
     view = re.search(r'viewBox="([^"]+)"', text)[1]
     text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view}" aria-hidden="true">', text, count=1)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would apply to the whole page
@@ -72,9 +72,6 @@ def svg(panel: Panel, size: tuple[float, float], name: str) -> str:
     for variable, colour in THEME.items():
         text = text.replace(colour, f"var(--{variable})")
     return text
-
-
-_SVG_METADATA = ("Creator", "Date", "Format", "Type")
 
 
 def _font(match: re.Match[str]) -> str:

@@ -135,7 +135,6 @@ class Roles:
                 setattr(parent, name.rpartition(".")[2], module.get_base_layer())
         if hasattr(model, "peft_config"):
             del model.peft_config
-        model._hf_peft_config_loaded = False
         if self._checkpointing:
             model.activation_checkpointing_disable()
         self._layers, self._configs, self.active = [], {}, BASE
@@ -174,7 +173,8 @@ class Roles:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.base.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.base.device.type, self.base.dtype)
+        # no cache: it would keep the adapters' bfloat16 copies for as long as the role is in use, over optimiser steps
+        return torch.autocast(self.base.device.type, self.base.dtype, cache_enabled=False)
 
     def trunk(self, role: str | None, ids: Tensor, **arguments: Any) -> Tensor:
         """Hidden states [B, T, d] after the final norm, computed as `role`.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\s{_IDEOGRAPH}]*\w[^\s{_IDEOGRAPH}]*")
+_OTHER = rf"[^\s{_IDEOGRAPH}]*"
+_WORD = re.compile(rf"[{_IDEOGRAPH}]|{_OTHER}[^\W{_IDEOGRAPH}]{_OTHER}")
 
 
 def sentiment(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

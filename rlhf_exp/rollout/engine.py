@@ -29,6 +29,12 @@ class Rollout(NamedTuple):
     supports: list[Support] | None  # the kept tokens of each position, where top-k or top-p is on
 
 
+def spoken(rollout: Rollout) -> list[list[int]]:
+    """The responses' ids without EOS."""
+    pairs = zip(rollout.responses, rollout.ended, strict=True)
+    return [response[:-1] if ended else response for response, ended in pairs]
+
+
 class _Row:
     """One answer while it is written."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import shapes
@@ -13,6 +14,8 @@ from rlhf_exp.stages.context import ADAPTER, HEAD, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
 from rlhf_exp.store.runs import RunFolder
 
+# settings of PEFT that leave out modules which the targets name
+SELECTIVE = ("layers_to_transform", "exclude_modules", "target_parameters")
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 
 
@@ -29,6 +32,10 @@ def locate(stage: str, given: str, tracking: Tracking, output_dir: str) -> Path:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise InputError(f"adapters.{stage}={given}: there is no such folder")
+    if not (adapter_folder(folder) / CONFIG).is_file():
+        raise InputError(
+            f"adapters.{stage}={given}: no {CONFIG} in it: it is neither a run folder nor a PEFT folder"
+        )
     return folder
 
 
@@ -38,41 +45,64 @@ def check(stage: str, folder: Path, base: Path, base_hash: str) -> None:
     adapter = adapter_folder(folder)
     if (folder / "run.json").is_file():
         RunFolder(folder).verify()
-    try:
-        config = json.loads((adapter / CONFIG).read_text())
-        kind = config.get("peft_type")
-    except FileNotFoundError:
-        raise InputError(f"{key}: no {CONFIG} in it: it is neither a run folder nor a PEFT folder") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{key}: {CONFIG} cannot be read: {error}") from error
-    if kind != "LORA":
-        raise InputError(f"{key}: the adapter is of type {kind}, only LORA is supported")
+    config = _read(key, adapter / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{key}: the adapter is of type {config.get('peft_type')}, only LORA is supported")
     stored = shapes.header(adapter / WEIGHTS)
     if (adapter / BASE).is_file():
-        owner = json.loads((adapter / BASE).read_text())
+        owner = _read(key, adapter / BASE)
         if owner.get("hash") != base_hash:
             raise InputError(
                 f"{key}: it belongs to another base model ({owner.get('name')}, {str(owner.get('hash'))[:12]}), "
                 f"this one is {base.name} ({base_hash[:12]}); set model= to the adapter's base"
             )
-    else:
-        _check_shapes(key, stored, shapes.of_model(base))
+    _check_shapes(key, stored, shapes.of_model(base), config)
     if stage == "reward":
-        shapes.header(head_file(folder))
+        _check_head(key, head_file(folder), shapes.size_of(base).hidden_size)
 
 
-def _check_shapes(key: str, stored: shapes.Shapes, base: shapes.Shapes) -> None:
-    """A foreign adapter says nothing of its base's content; its names and shapes must fit at least."""
+def _read(key: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{key}: {path.name} cannot be read: {error}") from error
+    return content
+
+
+def _check_shapes(key: str, stored: shapes.Shapes, base: shapes.Shapes, config: dict[str, Any]) -> None:
+    """Names, shapes and ranks must fit: a foreign adapter says nothing else of its base, and may be of no LoRA."""
+    sides: dict[str, set[str]] = {}
     for name, shape in stored.items():
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-        weight = base.get(f"{module}.weight")
         side = {"A.weight": 1, "B.weight": 0}.get(part)  # A is [r, in], B is [out, r], the weight [out, in]
-        if weight is None or side is None:
-            raise InputError(f"{key}: it belongs to another base model: this one has no {module or name}")
+        if side is None:
+            raise InputError(f"{key}: it holds {name}: only adapters of plain LoRA are supported")
+        weight = base.get(f"{module}.weight")
+        if weight is None:
+            raise InputError(f"{key}: it belongs to another base model: this one has no {module}")
         if len(shape) != 2 or len(weight) != 2 or shape[side] != weight[side]:
             raise InputError(
                 f"{key}: it belongs to another base model: {name} is {shape}, the base's weight is {weight}"
             )
+        if not config.get("rank_pattern") and shape[1 - side] != config.get("r"):
+            raise InputError(f"{key}: {name} is {shape}, but r in {CONFIG} is {config.get('r')}")
+        sides.setdefault(module, set()).add(part)
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not any(config.get(name) for name in SELECTIVE):
+        sides = {module: set() for module in shapes.wrapped(base, targets)} | sides
+    if broken := sorted(module for module, parts in sides.items() if len(parts) < 2):
+        raise InputError(f"{key}: {WEIGHTS} is not whole: it has no LoRA weights A and B of {broken[0]}")
+
+
+def _check_head(key: str, path: Path, hidden_size: int) -> None:
+    if not path.is_file():
+        raise InputError(f"{key}: no {path.name} with the adapter: it is not a reward model")
+    if (found := shapes.header(path)) != {"weight": (hidden_size,), "bias": ()}:
+        raise InputError(
+            f"{key}: {path} is not a head for hidden states of size {hidden_size}: it holds {found}"
+        )
 
 
 def content_key(folder: Path) -> str:

@@ -6,6 +6,8 @@ Writes eval.json, report.html and PNGs into its run folder. Every answer is scor
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,12 @@ from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.rewards import functions
 from rlhf_exp.rewards.source import score
-from rlhf_exp.rollout.engine import Rollout, generate
+from rlhf_exp.rollout.engine import Rollout, generate, spoken
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.rollout.scoring import answers, by_length, hidden_before, untruncated_kl
 from rlhf_exp.schema import EvalRun
 from rlhf_exp.stages.context import CHECKPOINTS, Context
-from rlhf_exp.tracking import read_metrics
+from rlhf_exp.tracking import how_to_open, read_metrics, tracking_uri
 
 SHOW = (
     ("reward", "reward", ".2f"),
@@ -143,11 +145,7 @@ def measure(
     scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, rollout.responses, ROWS)}
     if config.eval.gold != "none":
         scores["gold"] = functions.score(config.eval.gold, [prompt.prompt for prompt in prompts], texts)
-    tokens = [
-        response[:-1] if ended else response
-        for response, ended in zip(rollout.responses, rollout.ended, strict=True)
-    ]
-    metrics = text.measure(texts, tokens, rollout.ended)
+    metrics = text.measure(texts, spoken(rollout), rollout.ended)
     for name, values in scores.items():
         metrics[name], metrics[f"{name}_se"] = interval.mean_se(values)
     metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
@@ -207,7 +205,10 @@ def publish_report(config: EvalRun, context: Context, evaluation: dict[str, Any]
         "seed": str(config.seed),
         **{f"{stage} run": str(folder) for stage, folder in context.parents.items()},
         "eval run": str(context.folder.path),
+        "command": shlex.join(["python", "-m", "rlhf_exp", *sys.argv[1:]]),
     }
+    if config.tracking.backend == "mlflow":
+        facts["mlflow"] = how_to_open(tracking_uri(config.tracking, config.output_dir))
     with context.folder.publish("report") as folder:
         title = f"{config.model.name} on {config.dataset.name}"
         write_report(folder, title, evaluation, curves, facts)

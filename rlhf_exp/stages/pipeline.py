@@ -20,7 +20,7 @@ from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
 from rlhf_exp.store.runs import FAILED, KILLED, RunFolder, find, run_folder
-from rlhf_exp.tracking import Tracker, open_tracker, tracked
+from rlhf_exp.tracking import Tracker, open_tracker, require_store, tracked
 
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
@@ -44,6 +44,7 @@ def run(config: Run, choices: dict[str, str]) -> float | None:
             say(line)
         return None
     if todo.missing:
+        require_store(config.tracking, config.output_dir)
         with experiment(todo) as tracker:
             base = lazily(todo)
             for node in todo.missing:

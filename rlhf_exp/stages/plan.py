@@ -42,6 +42,7 @@ class Node:
     parents: dict[str, Node] = field(default_factory=dict)
     given: Path | None = None
     key: str = ""
+    data: dict[str, str] = field(default_factory=dict)  # view -> fingerprint
     inputs: dict[str, Any] = field(default_factory=dict)
     found: RunFolder | None = None
 
@@ -126,14 +127,20 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
         base = base_facts(config, download=not config.dry_run)
     except InputError as error:
         problems += error.problems
+    for node in nodes.values():
+        try:
+            if node.config is not None:
+                node.data = {VIEW[node.stage]: fingerprint(node.config.dataset, VIEW[node.stage])}
+            elif node.given:
+                node.key = adapters.content_key(node.given)
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(dict.fromkeys(problems))
     for node in nodes.values():
         if node.config is not None:
             node.parents = {name: nodes[name] for name in needs(node.stage, node.config)}
             _identify(node, base, fresh=config.resume == "never" and config.stage in (node.stage, "pipeline"))
-        elif node.given:
-            node.key = adapters.content_key(node.given)
     return Plan(nodes[stage], list(nodes.values()), base, config)
 
 
@@ -160,20 +167,18 @@ def base_facts(config: Run, download: bool) -> BaseFacts:
 
 def _identify(node: Node, base: BaseFacts, fresh: bool) -> None:
     """The node's key, what goes into it, and the finished run with that key."""
-    view = VIEW[node.stage]
-    data = {view: fingerprint(node.config.dataset, view)}
     parents = {name: parent.key if not parent.is_base else NO_SFT for name, parent in node.parents.items()}
     node.key = run_key(
         node.config,
         dtype=base.dtype,
         base=base.hash,
-        data=data,
+        data=node.data,
         parents=parents,
         version=STAGES[node.stage].version,
     )
     node.inputs = {
         "base": {"name": node.config.model.name, "hash": base.hash, "dtype": base.dtype},
-        "data": data,
+        "data": node.data,
         "parents": {
             name: {"stage": name, "key": parents[name], "path": parent.folder}
             for name, parent in node.parents.items()

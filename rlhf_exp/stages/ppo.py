@@ -30,7 +30,7 @@ from rlhf_exp.model.base import Base
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rewards.source import score
-from rlhf_exp.rollout.engine import Rollout, generate
+from rlhf_exp.rollout.engine import Rollout, generate, spoken
 from rlhf_exp.rollout.noise import row_key, splitmix
 from rlhf_exp.rollout.scoring import Answers, answer_logprobs, answers, by_length, hidden_before
 from rlhf_exp.schema import PPORun
@@ -365,25 +365,23 @@ def loss_of(
 def check_start(metrics: dict[str, float], dtype: torch.dtype) -> None:
     """Raise RuntimeError unless policy and reference were equal before the first update: KL 0, ratio 1.
 
-    Anything else is a wrong reference, a wrong adapter, dropout, or a forward that differs between scoring and update.
+    Anything else is a wrong reference or adapter, dropout, or a forward that differs between scoring and update.
     """
     allowed = TOLERANCE[dtype]
     wrong = []
-    if metrics["objective/kl_max"] > allowed:
+    # "not <=": NaN is wrong too
+    if not metrics["objective/kl_max"] <= allowed:
         wrong.append(f"log-probs of policy and reference differ by {metrics['objective/kl_max']:.3g}, not 0")
-    if abs(metrics["first/ratio_max"] - 1) > allowed:
+    if not abs(metrics["first/ratio_max"] - 1) <= allowed:
         wrong.append(f"the largest probability ratio is {metrics['first/ratio_max']:.6g}, not 1")
+    if not metrics["first/approxkl"] <= allowed:
+        wrong.append(f"the KL of old and new log-probs is {metrics['first/approxkl']:.3g}, not 0")
     if wrong:
         raise RuntimeError(f"PPO does not start where SFT ended (tolerance {allowed}): " + "; ".join(wrong))
 
 
 def response_metrics(rollout: Rollout, texts: list[str]) -> dict[str, float]:
-    lengths = [len(response) for response in rollout.responses]
-    return {
-        "response/length_mean": sum(lengths) / len(lengths),
-        "response/length_min": float(min(lengths)),
-        "response/eos_rate": sum(rollout.ended) / len(lengths),
-        "response/empty_rate": text.empty_rate(texts),
-        "response/distinct_2": text.distinct_n(texts, 2),
-        "response/repetition": text.repetition(texts),
-    }
+    """What the answers are like (evaluation/text.py); lengths in tokens without EOS."""
+    found = text.measure(texts, spoken(rollout), rollout.ended)
+    names = {"length": "length_mean"}
+    return {f"response/{names.get(name, name)}": value for name, value in found.items()}

@@ -116,27 +116,37 @@ class RewardModel(nn.Module):
 
 
 class PairTrainer(Trainer):
-    """Trainer with the pairwise loss; logs the accuracy on the training pairs beside it."""
+    """Trainer with the pairwise loss, a mean over all pairs of a step; logs their accuracy beside it."""
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = (
-            False  # the loss is a mean over pairs, and so averaged over micro-batches
+            True  # compute_loss has the step's number of pairs: nothing to rescale
         )
-        self._accuracies: list[float] = []
+        self._right, self._pairs = 0.0, 0
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict[str, Tensor]], int]:
+        """The micro-batches of a step and its number of pairs; the last micro-batch may be a small one."""
+        batches, _ = super().get_batch_samples(*arguments)
+        return batches, sum(len(batch["lengths"]) for batch in batches) // 2
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         chosen, rejected = model(**inputs).chunk(2)
-        self._accuracies.append(float(pairwise_accuracy(chosen.detach(), rejected.detach())))
-        loss = pairwise_loss(chosen, rejected)
+        self._right += float(pairwise_accuracy(chosen.detach(), rejected.detach())) * len(chosen)
+        self._pairs += len(chosen)
+        loss = pairwise_loss(chosen, rejected, denominator=num_items_in_batch)
         return (loss, torch.stack([chosen, rejected])) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        if self._accuracies:
-            logs["accuracy"] = sum(self._accuracies) / len(self._accuracies)
-            self._accuracies = []
+        if self._pairs:
+            logs["accuracy"] = self._right / self._pairs
+            self._right, self._pairs = 0.0, 0
         super().log(logs, *arguments, **keywords)
 
 

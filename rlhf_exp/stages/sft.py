@@ -24,6 +24,7 @@ NAMES = {
     "learning_rate": "optim/lr",
     "num_tokens": "train/tokens",
 }
+IGNORED = -100  # label of a token that does not count
 SAMPLES = 4  # answers written at the end
 
 
@@ -37,7 +38,7 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
     responses = encode_responses(base.tokenizer, config.dataset, [row.response for row in rows], cuts=cuts)
     data = supervised.dataset_of(
         input_ids=[p + r for p, r in zip(prompts, responses, strict=True)],
-        completion_mask=[[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses, strict=True)],
+        labels=[[IGNORED] * len(p) + r for p, r in zip(prompts, responses, strict=True)],
     )
     steps = supervised.steps_of(config.train, len(rows))
     with (
@@ -50,7 +51,6 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
         optimizer = adamw(roles.parameters("policy"), config.optim)
         arguments = SFTConfig(
             **arguments,
-            completion_only_loss=True,
             max_length=None,  # the templates cut, and count what they cut
             pad_to_multiple_of=None,
         )

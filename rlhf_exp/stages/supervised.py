@@ -35,7 +35,7 @@ def trainer_arguments(config: SFTRun | RewardRun, base: Base, steps: int) -> Ite
             "data_seed": config.seed,
             "use_cpu": base.device.type == "cpu",
             "bf16": False,  # the base is loaded in its dtype; autocast would cast a second time
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
             "save_strategy": "no",
@@ -70,17 +70,16 @@ def without_printing(trainer: Any) -> None:
 
 @contextmanager
 def as_before(base: Base) -> Iterator[None]:
-    """Undo what a Trainer does to the shared model: a forward of its own, training mode, config entries."""
-    model = base.model
-    forward, config = model.__dict__.get("forward"), dict(model.config.__dict__)
+    """Undo what a Trainer does to the shared model: a forward of its own, marks, config entries, training mode."""
+    changed = [(owner.__dict__, dict(owner.__dict__)) for owner in (base.model, base.model.config)]
     try:
         yield
     finally:
-        model.__dict__.pop("forward", None)
-        if forward is not None:
-            model.__dict__["forward"] = forward
-        model.config.__dict__.update(config)
-        model.eval()
+        for attributes, before in changed:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        base.model.eval()
 
 
 def dataset_of(**columns: list[Any]) -> Any:

@@ -19,6 +19,7 @@ __all__ = [
     "open_tracker",
     "read_lines",
     "read_metrics",
+    "require_store",
     "tracked",
     "tracking_uri",
 ]
@@ -43,3 +44,11 @@ def open_tracker(
     from rlhf_exp.tracking.mlflow_store import open_run
 
     return open_run(tracking, Path(output_dir), name, tags, parent_id, run_id)
+
+
+def require_store(tracking: Tracking, output_dir: Path | str) -> None:
+    """InputError, within seconds, unless runs can be opened; an own database is made if it is not there."""
+    if tracking.backend != "none":
+        from rlhf_exp.tracking.mlflow_store import require_store
+
+        require_store(tracking, Path(output_dir))

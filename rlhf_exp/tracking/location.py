@@ -23,7 +23,6 @@ from rlhf_exp.schema import Tracking
 
 LOCK_SECONDS = 120  # creating the database takes 2 s; a lock held longer is a stuck process
 _SQLITE = re.compile(r"^sqlite(?:\+\w+)?://(?:/(?P<path>[^?]*))?(?P<query>\?.*)?$")
-_ADVICE = "choose another tracking.uri, or run with tracking=none"
 
 # Limits of the first check, of sending, and of trying again; a user's own settings win over these
 CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -102,7 +101,10 @@ def how_to_open(uri: str) -> str:
 
 def unusable(uri: str, error: BaseException) -> InputError:
     """The one line for a store that does not work: which, why, what to do."""
-    return InputError(f"tracking: cannot use {shown(uri)} ({reason(error)}); {_ADVICE}")
+    others = "output_dir or tracking.uri" if database_path(uri) else "tracking.uri"
+    return InputError(
+        f"tracking: cannot use {shown(uri)} ({reason(error)}); choose another {others}, or run with tracking=none"
+    )
 
 
 def reason(error: BaseException) -> str:

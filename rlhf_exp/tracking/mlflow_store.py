@@ -74,6 +74,27 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     return found.experiment_id
 
 
+def _uri(tracking: Tracking, output_dir: Path) -> str:
+    uri = location.tracking_uri(tracking, output_dir)
+    assert uri is not None
+    return uri
+
+
+def _connect(uri: str, experiment: str) -> tuple[Any, str]:
+    """A client and the experiment's id; the default database is made if it is not there."""
+    path = location.database_path(uri)
+    with location.locked_database(path) if path else nullcontext():
+        client = _client(uri)
+        return client, _experiment(client, uri, experiment)
+
+
+def require_store(tracking: Tracking, output_dir: Path) -> None:
+    """InputError, within seconds, unless runs can be opened."""
+    uri = _uri(tracking, output_dir)
+    with _usable(uri):
+        _connect(uri, tracking.experiment)
+
+
 def open_run(
     tracking: Tracking,
     output_dir: Path,
@@ -86,13 +107,9 @@ def open_run(
 
     Raises InputError (one line: the URI, why, what to do) within seconds if the store cannot be used.
     """
-    uri = location.tracking_uri(tracking, output_dir)
-    assert uri is not None
-    path = location.database_path(uri)
+    uri = _uri(tracking, output_dir)
     with _usable(uri):
-        with location.locked_database(path) if path else nullcontext():
-            client = _client(uri)
-            experiment_id = _experiment(client, uri, tracking.experiment)
+        client, experiment_id = _connect(uri, tracking.experiment)
         all_tags = {**(tags or {}), **({PARENT_TAG: parent_id} if parent_id else {})}
         if run_id and (run := _existing(client, run_id)):
             client.update_run(run_id, status="RUNNING")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 
 
 @pytest.fixture
-def evaluation() -> dict:
+def evaluation(made_evaluation) -> dict:
+    """One that a test may change."""
+    return deepcopy(made_evaluation)
+
+
+@pytest.fixture
+def curves(made_curves) -> list[dict]:
+    """Some that a test may change."""
+    return deepcopy(made_curves)
+
+
+@pytest.fixture(scope="session")
+def made_evaluation() -> dict:
     """SFT and three checkpoints; the second has the best gold score, the third the best reward."""
     rows = [
         (
@@ -50,8 +64,8 @@ def evaluation() -> dict:
     return {"policies": policies, "samples": samples}
 
 
-@pytest.fixture
-def curves() -> list[dict]:
+@pytest.fixture(scope="session")
+def made_curves() -> list[dict]:
     """Twenty-four PPO steps."""
     return [
         {

@@ -45,10 +45,10 @@ def test_frontier_leaves_out_what_is_missing(evaluation):
 
 def test_frontier_labels_each_checkpoint_and_joins_them_in_order(evaluation):
     policies = evaluation["policies"]
-    base = {"name": "base", "step": 0, "metrics": {"kl": 2.0, "gold": 0.0}}
+    base = {"name": "<a $b$>", "step": 0, "metrics": {"kl": 2.0, "gold": 0.0}}
     panel, _ = figures.frontier_panels([*reversed(policies), base])
     svg = render.svg(panel, render.PAGE_WIDE, "f")
-    assert {"SFT", "8", "16", "24", "base"} <= set(words(svg))
+    assert {"SFT", "8", "16", "24", "<a $b$>"} <= set(words(svg))
     line = next(
         path.get("d")
         for path in ET.fromstring(svg).iter("path")
@@ -125,20 +125,20 @@ def overlap(a, b) -> bool:
 
 
 def test_labels_cover_neither_each_other_nor_points():
-    """Twelve points close together: every label finds a free place."""
+    """Sixteen points in a row, closer than a label is wide: every label finds a free place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.5), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = [(i % 4 + 0.1 * i, i // 4 + 0.05 * (i % 4)) for i in range(12)]
+    points = [(i, 0) for i in range(16)]
     axes.scatter(*zip(*points, strict=True))
     figure.draw_without_rendering()
-    labels.place(axes, points, [0.0] * 12, [str(100 + i) for i in range(12)], points, "#000000")
+    labels.place(axes, points, [0.0] * 16, [str(100 + i) for i in range(16)], points, "#000000")
     figure.draw_without_rendering()
     boxes = [text.get_window_extent().extents for text in axes.texts]
-    assert len(boxes) == 12
+    assert len(boxes) == 16
     for i, box in enumerate(boxes):
         assert not any(overlap(box, other) for other in boxes[:i])
         for x, y in axes.transData.transform(points):

@@ -72,6 +72,11 @@ def test_a_better_earlier_checkpoint_is_named(evaluation):
     assert line == "The best gold score, 0.62, is that of ppo@16, not of the last checkpoint."
 
 
+def test_an_earlier_checkpoint_that_is_better_by_noise_is_not(evaluation):
+    evaluation["policies"][2]["metrics"]["gold"] = 0.53  # last: 0.50 +- 0.04
+    assert warnings(evaluation["policies"], []) == []
+
+
 def test_steps_with_nan_are_counted(evaluation, curves):
     curves[4]["policy/approxkl"] = math.nan
     curves[9]["critic/loss"] = math.inf

@@ -192,6 +192,21 @@ def test_adapters_stay_float32_on_a_bfloat16_base(base, bf16_base, adapters, ids
     assert theirs < 0.1  # values are of order 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_optimiser_step_counts_while_the_role_is_in_use(base, bf16_base, adapters, ids, dtype):
+    """Autocast caches the weights it has cast: a Trainer that runs inside one `use` would train on stale ones."""
+    with Roles(base if dtype == "float32" else bf16_base) as roles:
+        roles.load("policy", adapters["a"], trainable=True)
+        with roles.use("policy"):
+            before = roles.trunk("policy", ids)
+            with torch.no_grad():
+                for parameter in roles.parameters("policy"):
+                    parameter.mul_(0.5)
+            after = roles.trunk("policy", ids)
+        assert (after - roles.trunk("policy", ids)).abs().max() == 0
+        assert (after - before).abs().max() > 0.1
+
+
 def test_saved_adapter_is_bit_for_bit_and_in_peft_format(base, adapters, tmp_path):
     with Roles(base) as roles:
         roles.load("policy", adapters["a"])

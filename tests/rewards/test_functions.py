@@ -49,7 +49,7 @@ def test_length_counts_words(text, words):
 
 
 def test_mixed_scripts_are_counted_by_their_own_rule():
-    assert functions.score("length", ["p"], ["我用 PyTorch 训练"]) == [5]
+    assert functions.score("length", ["p"] * 2, ["我用 PyTorch训练", "PyTorch训练"]) == [5, 3]
 
 
 def test_a_score_for_each_response_in_order():

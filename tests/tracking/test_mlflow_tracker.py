@@ -203,7 +203,10 @@ def test_nothing_is_lost_in_an_outage_and_it_is_told_once(tracker, store, flaky,
     clock.now += 200
     tracker.metrics({"loss": 5}, 5)
     assert store.history(tracker.run_id, "loss") == [(step, float(step)) for step in range(6)]
+    clock.now += 11
+    tracker.metrics({"back to normal": 1}, 6)
     data = store.run(tracker.run_id).data
+    assert data.metrics["back to normal"] == 1.0
     assert (data.tags["at"], data.params["late"]) == ("4", "param")
     assert "mlflow.loggedArtifacts" in data.tags
     tracker.finish("FINISHED")

@@ -1,0 +1,198 @@
+"""The reward model, read back with PEFT and safetensors alone: scores, accuracy, interval, centring."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+
+from rlhf_exp.data.load import load_view
+from rlhf_exp.schema import Optim, Reward, Train
+from rlhf_exp.stages import reward
+from rlhf_exp.tracking import read_lines, read_metrics
+
+HEAD = "head/head.safetensors"
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture
+def config(run_config):
+    def make(steps=1, lr=1e-9, micro=8, rows=24, batch=24, center=True):
+        return run_config(
+            "reward",
+            dataset={"limit": rows, "validation_share": 0.15},
+            train=Train(steps=steps, batch_size=batch, micro_batch_size=micro),
+            optim=Optim(lr=lr, schedule="constant"),
+            reward=Reward(center=center),
+        )
+
+    return make
+
+
+def oracle(base, folder, rows) -> SimpleNamespace:
+    """Scores of chosen and rejected: PEFT's own model, one sequence at a time, the head's file, the last token."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    head = load_file(folder / HEAD)
+
+    def score(prompt: str, response: str) -> float:
+        ids, answer = (
+            base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {response}")
+        )
+        ids = ids[-24:] + [*answer, base.eos_id][:16]
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+        return float(hidden[0, -1] @ head["weight"] + head["bias"])
+
+    return SimpleNamespace(
+        chosen=torch.tensor([score(row.prompt, row.chosen) for row in rows]),
+        rejected=torch.tensor([score(row.prompt, row.rejected) for row in rows]),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A reward model after a few steps, its metrics, and its training and validation pairs."""
+    from rlhf_exp.schema import Dataset, Lora, Model, RewardRun, Views
+    from rlhf_exp.stages.context import Context
+    from rlhf_exp.store.runs import RunFolder
+    from rlhf_exp.tracking import NullTracker
+
+    folder = RunFolder(tmp_path_factory.mktemp("reward") / "run", "reward", "0" * 64)
+    folder.start({})
+    config = RewardRun(
+        stage="reward",
+        model=Model(name="tiny", source="builtin", lora_targets=["q_proj", "v_proj", "down_proj"]),
+        lora=Lora(r=4, alpha=8.0),
+        dataset=Dataset(
+            name="reviews",
+            family="reviews",
+            views=Views(*["builtin:reviews"] * 3),
+            max_prompt_tokens=24,
+            max_response_tokens=16,
+            validation_share=0.15,
+            limit=24,
+        ),
+        train=Train(steps=6, batch_size=8, micro_batch_size=8),
+        optim=Optim(lr=2e-3, schedule="constant"),
+    )
+    metrics = reward.run(config, Context(base, folder, NullTracker(), {}))
+    rows = {split: load_view(config.dataset, "comparisons", split) for split in ("train", "validation")}
+    return SimpleNamespace(path=folder.path, metrics=metrics, rows=rows)
+
+
+def test_the_chosen_answers_of_the_training_score_zero_on_average(base, trained):
+    scores = oracle(base, trained.path, trained.rows["train"])
+    assert len(scores.chosen) == 24
+    assert abs(float(scores.chosen.mean())) < 1e-5
+    assert float(scores.chosen.std()) > 1e-3
+    assert abs(float(scores.rejected.mean())) > 1e-3
+
+
+def test_what_is_reported_of_the_validation_pairs(base, trained):
+    rows, metrics = trained.rows["validation"], trained.metrics
+    scores = oracle(base, trained.path, rows)
+    right = int((scores.chosen > scores.rejected).sum())
+    assert metrics["validation/pairs"] == len(rows) > 20
+    assert metrics["validation/accuracy"] == pytest.approx(right / len(rows))
+    interval = binomtest(right, len(rows)).proportion_ci(0.95, method="wilson")
+    assert metrics["validation/accuracy_low"] == pytest.approx(interval.low, abs=1e-6)
+    assert metrics["validation/accuracy_high"] == pytest.approx(interval.high, abs=1e-6)
+    margin = scores.chosen - scores.rejected
+    assert metrics["validation/loss"] == pytest.approx(float((1 + (-margin).exp()).log().mean()), abs=1e-5)
+    assert metrics["validation/margin"] == pytest.approx(float(margin.mean()), abs=1e-5)
+
+
+def test_the_length_baseline_from_the_file(trained):
+    """In the reviews the upbeat answer is the chosen one."""
+    text = (files("rlhf_exp.data") / "reviews.jsonl").read_text()
+    pairs = {row["opening"]: row for row in map(json.loads, text.splitlines())}
+    won = 0.0
+    for row in trained.rows["validation"]:
+        up, down = (len(pairs[row.prompt][side]) for side in ("upbeat", "downbeat"))
+        won += (up > down) + (up == down) / 2
+    assert trained.metrics["validation/length_accuracy"] == pytest.approx(
+        won / len(trained.rows["validation"])
+    )
+
+
+def test_the_pairs_that_it_gets_most_wrong(base, trained):
+    samples = list(read_lines(trained.path / "samples.jsonl"))
+    margins = [row["chosen_score"] - row["rejected_score"] for row in samples]
+    assert margins == sorted(margins)
+    scores = oracle(base, trained.path, trained.rows["validation"])
+    assert margins == pytest.approx(sorted((scores.chosen - scores.rejected).tolist())[:8], abs=1e-5)
+
+
+@pytest.mark.parametrize("micro", [24, 6])
+def test_the_first_loss_is_bradley_terrys(base, config, context, micro):
+    """At a learning rate of nearly 0 what is saved is what the first loss was computed with."""
+    run, given = config(micro=micro), context()
+    reward.run(run, given)
+    scores = oracle(base, given.folder.path, load_view(run.dataset, "comparisons", "train"))
+    margin = scores.chosen - scores.rejected
+    logged = read_metrics(given.folder.path / "metrics.jsonl")[0]
+    assert logged["train/loss"] == pytest.approx(float((1 + (-margin).exp()).log().mean()), abs=1e-4)
+    assert logged["train/accuracy"] == pytest.approx(float((margin > 0).float().mean()), abs=1e-4)
+
+
+def test_micro_batches_change_nothing(config, context):
+    """Also in the last batch of an epoch, of five pairs here, which micro-batches of two do not divide."""
+    found = {}
+    for micro in (8, 2):
+        given = context(f"micro{micro}")
+        reward.run(config(steps=4, lr=1e-3, micro=micro, rows=13, batch=8), given)
+        lines = read_metrics(given.folder.path / "metrics.jsonl")
+        found[micro] = (
+            load_file(given.folder.path / WEIGHTS) | load_file(given.folder.path / HEAD),
+            [line["train/loss"] for line in lines],
+            [line["train/accuracy"] for line in lines],
+        )
+    (one, losses, accuracies), (other, other_losses, other_accuracies) = found.values()
+    assert losses == pytest.approx(other_losses, abs=2e-4)
+    assert accuracies == pytest.approx(other_accuracies, abs=1e-4)
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], atol=2e-4), name
+
+
+def test_it_learns(config, context):
+    given = context()
+    reward.run(config(steps=15, lr=1e-2), given)
+    metrics = read_metrics(given.folder.path / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 16))
+    assert metrics[-1]["train/loss"] < 0.5 * metrics[0]["train/loss"]
+    assert metrics[-1]["train/accuracy"] > 0.9
+
+
+def test_without_centring_the_bias_stays(base, config, context):
+    """Differences say nothing of it, so it has no gradient."""
+    given = context()
+    run = config(steps=2, lr=1e-2, center=False)
+    reward.run(run, given)
+    assert abs(float(load_file(given.folder.path / HEAD)["bias"])) < 1e-6
+    scores = oracle(base, given.folder.path, load_view(run.dataset, "comparisons", "train"))
+    assert abs(float(scores.chosen.mean())) > 1e-2
+
+
+def test_the_head_starts_as_published(config, context):
+    """N(0, 1 / (d + 1)) with d = 64, not zero (Stiennon et al. 2020)."""
+    given = context()
+    reward.run(config(), given)
+    weight = load_file(given.folder.path / HEAD)["weight"]
+    assert weight.shape == (64,)
+    assert 0.7 < float(weight.std()) * 65**0.5 < 1.3
+
+
+def test_the_base_is_as_before(base, bf16_base, config, context, fingerprint, unchanged):
+    for number, which in enumerate((base, bf16_base)):
+        before = fingerprint(which)
+        reward.run(config(steps=2, lr=1e-2), context(f"run{number}", on=which))
+        unchanged(which, before)
