@@ -77,7 +77,8 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The plan for people, a line for each role of the target stage and for each stage to build."""
         name = self.config.model.name
-        yield f"base   = {name} {self.base.hash[:6]}, {self.base.dtype} on {self.base.device}"
+        here = self.base.hash[:6] if self.base.folder else "(not on this machine)"
+        yield f"base   = {name} {here}, {self.base.dtype} on {self.base.device}"
         nodes = {node.stage: node for node in self.nodes}
         sft, reward, ppo = (nodes.get(stage) for stage in ("sft", "reward", "ppo"))
         if ppo or self.target.stage == "ppo":

@@ -165,6 +165,8 @@ def test_a_row_without_tokens_is_an_error():
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="ref_logprobs has shape"):
         kl_divergence_estimate(torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="mask has shape"):
+        kl_divergence_estimate(torch.zeros(2, 3), torch.zeros(2, 3), "k1", torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="kl has shape"):
         kl_rewards(torch.zeros(2), torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), 0.1)
     with pytest.raises(ValueError, match="logits_q has shape"):

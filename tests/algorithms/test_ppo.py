@@ -248,6 +248,16 @@ def test_half_precision_is_computed_in_float32():
     assert_close(out.ratio_mean, torch.tensor(math.exp(0.0078125)))
     value = value_loss(logprobs, old, torch.zeros(1).bfloat16(), ALL[:1], None, 3)
     assert_close(value.loss, torch.tensor(0.5 / 3))
+    # the bound of the dual clip, 1.2345 * 1, is not a bf16 number
+    dual = policy_loss(
+        torch.ones(1), torch.zeros(1), -torch.ones(1).bfloat16(), ALL[:1], 0.2, 0.2, 1, None, 1.2345
+    )
+    assert_close(dual.loss, torch.tensor(1.2345))
+    # residuals 255.5 and 0, which bf16 would round to 256: 1 - (127.75 / 128)^2
+    explained = explained_variance(
+        torch.tensor([0.5, 0]).bfloat16(), torch.tensor([256.0, 0]).bfloat16(), ALL[:2]
+    )
+    assert_close(explained, torch.tensor(0.0039024), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("denominator", [0, -1])

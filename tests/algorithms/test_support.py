@@ -75,6 +75,10 @@ def test_counts_that_do_not_add_up_are_an_error():
         Support(support().ids, torch.tensor([2, 0, 3, 1])).to_mask(4)
 
 
-def test_select_checks_its_length():
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="allowed must be bool"):
+        Support.from_mask(ALLOWED.float())
+    with pytest.raises(ValueError, match="index has shape"):
+        support().rows(torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match="counts has shape"):
         support().select(torch.ones(3, dtype=torch.bool))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_exp.data.load import load_view
+from rlhf_exp.model.roles import Roles
 from rlhf_exp.schema import Evaluation, Generation, RewardSource
 from rlhf_exp.stages import evaluate
 from rlhf_exp.stages.context import Context
@@ -159,13 +160,29 @@ def test_gold_is_vaders(evaluated):
         assert measured.metrics["gold"] == pytest.approx(sum(expected) / 10)
 
 
-def test_lengths_and_ends(evaluated, base):
-    for name in POLICIES:
-        rollout, metrics = evaluated.measured[name].rollout, evaluated.measured[name].metrics
-        ended = [response[-1] == base.eos_id for response in rollout.responses]
-        lengths = [len(r) - e for r, e in zip(rollout.responses, ended, strict=True)]
-        assert metrics["eos_rate"] == sum(ended) / 10
-        assert metrics["length"] == pytest.approx(sum(lengths) / 10)
+def test_lengths_and_ends(evaluated, base, context, replaced, monkeypatch):
+    """With an EOS that the SFT policy draws: answers end there, and it does not count as a token of the answer."""
+    config = replaced(evaluated.config, "generation", min_new_tokens=0)
+    given = context(**evaluated.parents)
+    prompts = sorted(load_view(config.dataset, "prompts", "heldout"), key=lambda prompt: prompt.id)[:10]
+    encoded = evaluated.measured["sft"].rollout.prompts
+    sft = evaluate.candidates(config, given)[0]
+
+    def measure() -> evaluate.Measured:
+        with Roles(base) as roles:
+            head = evaluate.load_scorer(config, given, roles)
+            return evaluate.measure(config, given, roles, head, sft, prompts, encoded)
+
+    monkeypatch.setattr(type(base), "eos_id", property(lambda _: -1))  # never drawn
+    free = measure().rollout.responses
+    assert {len(response) for response in free} == {8}
+    eos = free[0][3]
+    monkeypatch.setattr(type(base), "eos_id", property(lambda _: eos))
+    metrics = measure().metrics
+    lengths = [r.index(eos) if eos in r else len(r) for r in free]
+    assert lengths[0] <= 3
+    assert metrics["length"] == pytest.approx(sum(lengths) / 10)
+    assert metrics["eos_rate"] == sum(eos in r for r in free) / 10 > 0
 
 
 def test_the_curve_and_the_report(evaluated):

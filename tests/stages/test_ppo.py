@@ -291,8 +291,8 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(case, actors, c
     assert shares["critic/clipfrac"] > 0
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_micro_batches_change_nothing(actors, rollout, ppo_config, monkeypatch, minibatches):
+@pytest.mark.parametrize(("minibatches", "clip"), [(1, 1e9), (2, 1e9), (2, 0.5)])
+def test_micro_batches_change_nothing(actors, rollout, ppo_config, minibatches, clip):
     """Two epochs of plain gradient descent, in micro-batches of 1, 2, 3 and 8, and written out plainly."""
     actors, ends = actors["trunk"], {}
     start = [p.detach().clone() for p in actors.trainable()]
@@ -305,7 +305,7 @@ def test_micro_batches_change_nothing(actors, rollout, ppo_config, monkeypatch, 
 
     for size in (1, 2, 3, 8):
         settings = {"epochs": 2, "minibatches": minibatches, "micro_batch_size": size}
-        config = ppo_config(settings, optim={"max_grad_norm": 0.5})
+        config = ppo_config(settings, optim={"max_grad_norm": clip})
         optimizer = reset()
         plan = ppo.minibatches(rollout, config, step=1)
         experience, _ = ppo.prepare(config, actors, rollout, SCORES, plan[0])
@@ -320,7 +320,7 @@ def test_micro_batches_change_nothing(actors, rollout, ppo_config, monkeypatch, 
             loss.backward()
             norm = sum(float(p.grad.square().sum()) for p in actors.trainable()) ** 0.5
             for parameter in actors.trainable():
-                parameter.grad *= min(1.0, 0.5 / norm)
+                parameter.grad *= min(1.0, clip / norm)
             optimizer.step()
     ends["plain"] = [p.detach().clone() for p in actors.trainable()]
     moved = max(float((a - b).abs().max()) for a, b in zip(start, ends["plain"], strict=True))
@@ -328,6 +328,28 @@ def test_micro_batches_change_nothing(actors, rollout, ppo_config, monkeypatch, 
     for size in (1, 2, 3, 8):
         for got, wanted in zip(ends[size], ends["plain"], strict=True):
             assert torch.allclose(got, wanted, atol=1e-5), size
+
+
+def test_the_first_ratio_is_that_before_any_step(actors, rollout, ppo_config):
+    """The metrics of the start are of the first minibatch alone; those of the policy are means over all."""
+    actors = actors["trunk"]
+    config = ppo_config({"epochs": 2, "minibatches": 2}, optim={"max_grad_norm": 1e9})
+    plan = ppo.minibatches(rollout, config, step=1)
+    experience, _ = ppo.prepare(config, actors, rollout, SCORES, plan[0])
+    old = plain_experience(config, actors, rollout, SCORES)
+    nudge(actors)
+    with torch.no_grad():
+        rows = [row for rows in plan[0][0] for row in rows]
+        log_ratio = torch.cat([plain_row(config, actors, rollout, r)[0] - old[r].logprobs for r in rows])
+    optimizer = torch.optim.SGD(actors.trainable(), lr=0.1)
+    metrics = ppo.update(config, actors, optimizer, rollout, experience, plan)
+    assert metrics["first/ratio_max"] == pytest.approx(float(log_ratio.exp().max()), abs=1e-4)
+    k3 = float((log_ratio.exp() - 1 - log_ratio).mean())
+    assert metrics["first/approxkl"] == pytest.approx(k3, abs=1e-5)
+    assert k3 > 1e-3
+    assert metrics["policy/approxkl"] != pytest.approx(k3, rel=0.01)
+    assert metrics["policy/ratio_max"] >= metrics["first/ratio_max"]
+    assert metrics["optim/updates"] == 4
 
 
 def test_what_is_in_the_padding_does_not_matter(actors, rollout, ppo_config, base, monkeypatch):

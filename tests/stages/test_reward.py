@@ -18,6 +18,7 @@ from rlhf_exp.tracking import read_lines, read_metrics
 
 HEAD = "head/head.safetensors"
 WEIGHTS = "adapter/adapter_model.safetensors"
+LONGEST = 36  # about half of the answers end within it
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def config(run_config):
     def make(steps=1, lr=1e-9, micro=8, rows=24, batch=24, center=True):
         return run_config(
             "reward",
-            dataset={"limit": rows, "validation_share": 0.15},
+            dataset={"limit": rows, "validation_share": 0.15, "max_response_tokens": LONGEST},
             train=Train(steps=steps, batch_size=batch, micro_batch_size=micro),
             optim=Optim(lr=lr, schedule="constant"),
             reward=Reward(center=center),
@@ -47,7 +48,7 @@ def oracle(base, folder, rows) -> SimpleNamespace:
         ids, answer = (
             base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {response}")
         )
-        ids = ids[-24:] + [*answer, base.eos_id][:16]
+        ids = ids[-24:] + [*answer, base.eos_id][:LONGEST]
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
         return float(hidden[0, -1] @ head["weight"] + head["bias"])
@@ -77,7 +78,7 @@ def trained(base, tmp_path_factory):
             family="reviews",
             views=Views(*["builtin:reviews"] * 3),
             max_prompt_tokens=24,
-            max_response_tokens=16,
+            max_response_tokens=LONGEST,
             validation_share=0.15,
             limit=24,
         ),

@@ -12,6 +12,7 @@ from rlhf_exp.stages import sft
 from rlhf_exp.tracking import read_lines, read_metrics
 
 WEIGHTS = "adapter/adapter_model.safetensors"
+LONGEST = 36  # about half of the responses end within it
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def config(run_config):
     def make(steps=1, lr=1e-9, micro=16, rows=16, batch=16, schedule="constant", dropout=0.0):
         return run_config(
             "sft",
-            dataset={"limit": rows},
+            dataset={"limit": rows, "max_response_tokens": LONGEST},
             lora=Lora(r=4, alpha=8.0, dropout=dropout),
             train=Train(steps=steps, batch_size=batch, micro_batch_size=micro),
             optim=Optim(lr=lr, schedule=schedule),
@@ -36,13 +37,14 @@ def first(context) -> dict[str, float]:
 
 def plain_loss(base, rows) -> tuple[float, float, float]:
     """Mean -log p over response tokens and EOS; over all tokens; and the share of response tokens guessed right."""
-    losses, everything, right = [], [], []
+    losses, everything, right, ends = [], [], [], 0
     for row in rows:
         prompt, response = (
             base.tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (row.prompt, f" {row.response}")
         )
-        prompt, response = prompt[-24:], [*response, base.eos_id][:16]
+        prompt, response = prompt[-24:], [*response, base.eos_id][:LONGEST]
+        ends += response[-1] == base.eos_id
         with torch.no_grad():
             logits = base.model(input_ids=torch.tensor([prompt + response])).logits[0, :-1]
         targets = torch.tensor((prompt + response)[1:])
