@@ -173,7 +173,7 @@ class Roles:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.base.dtype == torch.float32:
             return nullcontext()
-        # no cache: it would keep the adapters' bfloat16 copies for as long as the role is in use, over optimiser steps
+        # no cache: it would keep bfloat16 copies of the adapters while the role is in use, over optimiser steps
         return torch.autocast(self.base.device.type, self.base.dtype, cache_enabled=False)
 
     def trunk(self, role: str | None, ids: Tensor, **arguments: Any) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,14 +25,13 @@ from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.data.templates import Cuts, encode_prompts
 from rlhf_exp.evaluation import text
-from rlhf_exp.model.base import Base
-from rlhf_exp.model.heads import ScalarHead
-from rlhf_exp.model.roles import BASE, Roles, lora_config
+from rlhf_exp.model.roles import Roles
 from rlhf_exp.rewards.source import score
 from rlhf_exp.rollout.engine import Rollout, generate, spoken
 from rlhf_exp.rollout.noise import row_key, splitmix
-from rlhf_exp.rollout.scoring import Answers, answer_logprobs, answers, by_length, hidden_before
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, by_length, hidden_before
 from rlhf_exp.schema import PPORun
+from rlhf_exp.stages.actors import Actors, build_actors, policy_and_value
 from rlhf_exp.stages.context import ADAPTER, CHECKPOINTS, HEAD, HEAD_FILE, Context
 from rlhf_exp.stages.optim import adamw, schedule
 
@@ -48,25 +46,6 @@ SAMPLES = 4  # answers an iteration written to samples.jsonl
 # the most that log-probs of equal weights may differ before the first update: 0 in fp32 (same kernels, same
 # shapes); in bf16 kernels may accumulate in another order with gradients on
 TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.05}
-
-
-@dataclass
-class Actors:
-    """The trained and the frozen parts, by role, on one base."""
-
-    roles: Roles
-    ref: str | None  # the role that is the reference; None where there was no SFT: the plain base
-    critic: str  # the role whose hidden states the value head reads
-    value_head: ScalarHead
-    reward_head: ScalarHead | None
-
-    @property
-    def base(self) -> Base:
-        return self.roles.base
-
-    def trainable(self) -> list[torch.nn.Parameter]:
-        roles = dict.fromkeys(("policy", self.critic))
-        return [p for role in roles for p in self.roles.parameters(role)] + list(self.value_head.parameters())
 
 
 class Experience(NamedTuple):
@@ -115,31 +94,6 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
 def publish(context: Context, actors: Actors, name: str) -> None:
     with context.folder.publish(name) as folder:
         actors.roles.save("policy", folder)
-
-
-def build_actors(config: PPORun, context: Context, roles: Roles) -> Actors:
-    """Put the roles on the base: policy and reference from the SFT adapter, reward from the reward adapter."""
-    sft = context.adapter("sft")
-    if sft is not None:
-        roles.load("policy", sft, trainable=True)
-        roles.load("ref", sft)
-    else:
-        roles.new("policy", lora_config(config.lora, config.model), config.seed)
-    reward_head = None
-    if config.reward_source.kind == "learned":
-        roles.load("reward", context.adapter("reward"))
-        reward_head = ScalarHead.load(context.head("reward")).requires_grad_(False).to(roles.base.device)
-    value_head = ScalarHead(roles.base.hidden_size)
-    critic = "policy"
-    if config.ppo.critic == "own":
-        critic = "critic"
-        if reward_head is not None:  # starts as the reward model (Stiennon et al. 2020, section 3.4)
-            roles.load("critic", context.adapter("reward"), trainable=True)
-            value_head.load_state_dict(reward_head.state_dict())
-        else:
-            roles.new("critic", lora_config(config.lora, config.model), config.seed + 1)
-    value_head.to(roles.base.device)
-    return Actors(roles, "ref" if sft is not None else BASE, critic, value_head, reward_head)
 
 
 def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
@@ -277,13 +231,6 @@ def shape_scores(config: PPORun, scores: Tensor, ended: list[bool]) -> Tensor:
     if config.ppo.reward_clip > 0:
         scores = scores.clamp(-config.ppo.reward_clip, config.ppo.reward_clip)
     return scores - config.ppo.missing_eos_penalty * (~torch.tensor(ended, device=scores.device)).float()
-
-
-def policy_and_value(actors: Actors, batch: Answers) -> tuple[Tensor, Tensor]:
-    """The policy's hidden states [N, d] and the critic's values [N] before each answer token."""
-    hidden = hidden_before(actors.roles, "policy", batch)
-    critic = hidden if actors.critic == "policy" else hidden_before(actors.roles, actors.critic, batch)
-    return hidden, actors.value_head(critic)
 
 
 def padded(x: Tensor, mask: Tensor) -> Tensor:
