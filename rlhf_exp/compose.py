@@ -222,7 +222,7 @@ def _flowing(stage: str, parent: schema.Run) -> list[str]:
         if stage == "ppo":
             names.append("optim")
     if isinstance(parent, schema.EvalRun) and stage == "ppo":
-        names += ("generation", "reward_source")  # what is evaluated as reward is what it was trained on
+        names.append("reward_source")  # what is evaluated as reward is what it was trained on
     theirs = {f.name for f in fields(parent)} & {f.name for f in fields(schema.RUNS[stage])}
     return [name for name in names if name in theirs]
 

@@ -184,6 +184,20 @@ def _owners(key: str, kind: str) -> str:
     return f"; {listed(stages)} {'has' if len(stages) == 1 else 'have'} it" if stages else ""
 
 
+# what a command has once: stages share the loaded base, the store and the tracker
+ONE_FOR_ALL = (
+    "model",
+    "device",
+    "threads",
+    "strategy",
+    "tracking",
+    "output_dir",
+    "resume",
+    "adapters",
+    "upstream",
+)
+
+
 def settings(stage: str, given: Mapping[str, Any], tree: conftree.Tree) -> Settings:
     """Take `upstream.<stage>` apart: a text for a group is an option, dicts and dotted keys set values."""
     found = Settings()
@@ -193,8 +207,8 @@ def settings(stage: str, given: Mapping[str, Any], tree: conftree.Tree) -> Setti
         for name, value in items.items():
             key = f"{prefix}{name}"
             group = key.replace(".", "/")
-            if group in conftree.EVERYWHERE or key.split(".")[0] == "upstream":
-                found.problems.append(f"{key} cannot be set for an upstream stage")
+            if group in conftree.EVERYWHERE or key.split(".")[0] in ONE_FOR_ALL:
+                found.problems.append(f"{key} cannot be set for an upstream stage: it is one for all stages")
             elif group in tree and isinstance(value, str):
                 found.options[group] = value
                 found.problems += checker.option(group, value)

@@ -171,7 +171,10 @@ class PPO:
     epochs: int = leaf(4, doc="Passes over each rollout.", gt=0)
     minibatches: int = leaf(1, doc="Optimiser steps an epoch; divides batch_size.", gt=0)
     micro_batch_size: int = leaf(
-        32, doc="Rows a forward; changes memory and speed, not the result.", gt=0, keyed=False
+        32,
+        doc="Rows a forward of scoring and update; changes memory and speed, not the result.",
+        gt=0,
+        keyed=False,
     )
     kl_coef: float = leaf(
         0.05, doc="Weight of the per-token KL penalty in the reward (Ziegler et al. 2019, eq. 2).", ge=0
@@ -263,7 +266,7 @@ class Run:
     output_dir: str = leaf("outputs", doc="Run folders are output_dir/<stage>/<key>.", keyed=False)
     resume: str = leaf(
         "auto",
-        doc="auto: reuse or continue what has the same key; never: start another.",
+        doc="auto: reuse what has the same key; never: start another.",
         choices=("auto", "never"),
         keyed=False,
     )

@@ -129,11 +129,9 @@ class _LinearLogprobs(torch.autograd.Function):
             target = targets[rows].unsqueeze(1)
             logits = at_least_float32(F.linear(hidden[rows], weight, bias)).div_(temperature)
             total = logits.logsumexp(dim=1)
-            allowed = _allowed(logits, supports[i] if supports is not None else None, suppressed, rows)
-            if allowed is not None:
-                kept[rows] = allowed.gather(1, target).squeeze(1)
-                logits.masked_fill_(~allowed, -torch.inf)
-            normaliser = logits.logsumexp(dim=1)
+            _restrict(logits, supports[i] if supports is not None else None, suppressed, rows)
+            kept[rows] = (logits.gather(1, target) != -torch.inf).squeeze(1)
+            normaliser = _normaliser(logits, total, supports is not None, suppressed, rows)
             logprobs[rows] = logits.gather(1, target).squeeze(1) - normaliser
             kept_mass[rows] = (normaliser - total).exp()
             probs = logits.sub_(normaliser.unsqueeze(1)).exp_()
@@ -154,18 +152,31 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_logprobs.unsqueeze(1) * gradient, *[None] * 8
 
 
-def _allowed(
+def _restrict(
     logits: Tensor, support: Support | None, suppressed: tuple[Tensor, Tensor] | None, rows: slice
-) -> Tensor | None:
-    """bool[chunk, V] of the tokens kept in this chunk, or None when all are."""
-    if support is None and suppressed is None:
-        return None
-    vocab_size = logits.shape[1]
-    allowed = torch.ones_like(logits, dtype=torch.bool) if support is None else support.to_mask(vocab_size)
+) -> None:
+    """Set the logits [chunk, V] of tokens that are not kept to -inf."""
+    if support is not None:
+        logits.masked_fill_(~support.to_mask(logits.shape[1]), -torch.inf)
     if suppressed is not None:
         positions, ids = suppressed
-        allowed[:, ids] &= ~positions[rows].unsqueeze(1)
-    return allowed
+        logits[:, ids] = logits[:, ids].masked_fill(positions[rows].unsqueeze(1), -torch.inf)
+
+
+def _normaliser(
+    logits: Tensor,
+    total: Tensor,
+    supported: bool,
+    suppressed: tuple[Tensor, Tensor] | None,
+    rows: slice,
+) -> Tensor:
+    """log sum exp [chunk] over what is kept; `total` where that is everything, which saves a pass over the logits."""
+    if supported:
+        return logits.logsumexp(dim=1)
+    if suppressed is None:
+        return total
+    changed = suppressed[0][rows]
+    return total.masked_scatter(changed, logits[changed].logsumexp(dim=1))
 
 
 def _check_temperature(temperature: float) -> None:

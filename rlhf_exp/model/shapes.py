@@ -82,6 +82,14 @@ class Size:
     vocab_size: int
 
 
+def context_of(folder: Path) -> int | None:
+    """The longest sequence in tokens that the model has positions for; None where config.json does not say."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config") or config
+    names = ("max_position_embeddings", "n_positions", "model_max_length", "seq_length")
+    return next((config[name] for name in names if config.get(name)), None)
+
+
 def size_of(folder: Path) -> Size:
     """From config.json and the weights' headers."""
     try:

@@ -12,6 +12,7 @@ from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Tracking
 from rlhf_exp.stages.context import ADAPTER, HEAD, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
+from rlhf_exp.store.manifest import MANIFEST
 from rlhf_exp.store.runs import RunFolder
 
 # settings of PEFT that leave out modules which the targets name
@@ -48,6 +49,11 @@ def check(stage: str, folder: Path, base: Path, base_hash: str) -> None:
     config = _read(key, adapter / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{key}: the adapter is of type {config.get('peft_type')}, only LORA is supported")
+    if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian"):
+        raise InputError(
+            f"{key}: it was initialised by {start}, which changes the base's weights; the base here is shared and "
+            "stays as it is: convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     stored = shapes.header(adapter / WEIGHTS)
     if (adapter / BASE).is_file():
         owner = _read(key, adapter / BASE)
@@ -107,6 +113,8 @@ def _check_head(key: str, path: Path, hidden_size: int) -> None:
 
 def content_key(folder: Path) -> str:
     """What stands for a given adapter in the keys of the runs that use it."""
+    if (folder / MANIFEST).is_file():  # a run folder: all that it holds, checkpoints too
+        return fingerprint_folder(folder, (MANIFEST,))
     adapter = fingerprint_folder(adapter_folder(folder), (WEIGHTS, CONFIG))
     head = head_file(folder)
     return f"{adapter}+{fingerprint_folder(head.parent, (head.name,))}" if head.is_file() else adapter

@@ -15,7 +15,7 @@ from rlhf_exp.tracking import RunLog, Tracker
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
 
-ADAPTER, HEAD, CHECKPOINTS = "adapter", "head", "checkpoints"
+ADAPTER, HEAD, CRITIC, CHECKPOINTS = "adapter", "head", "critic", "checkpoints"
 HEAD_FILE = "head.safetensors"
 
 

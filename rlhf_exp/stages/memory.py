@@ -13,6 +13,7 @@ from rlhf_exp.stages.preflight import targets_of
 BYTES = {"bfloat16": 2, "float32": 4}
 # a trained float32 number: the weight, its gradient, Adam's two moments
 TRAINED = 16
+ROWS = 64  # answers that eval generates together
 # hidden-sized arrays a layer keeps for the backward, about: norms, q k v o, gate and up (2.7 times as wide), LoRA's
 # float32 copies of the inputs
 KEPT_PER_LAYER = 24
@@ -60,7 +61,7 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
         )
         tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
         return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
-    rows = config.ppo.micro_batch_size if isinstance(config, PPORun) else 64
+    rows = config.ppo.batch_size if isinstance(config, PPORun) else ROWS
     length = data.max_prompt_tokens + config.generation.max_new_tokens
     cache = 2 * rows * length * size.layers * size.hidden_size * width
     if not isinstance(config, PPORun):
@@ -70,7 +71,7 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
         "policy": trained * TRAINED * adapter,
         "ref and reward": 2 * 4 * adapter,
         "KV cache": cache,
-        "activations": min(rows, config.ppo.batch_size) * length * _kept(size, width),
+        "activations": min(rows, config.ppo.micro_batch_size) * length * _kept(size, width),
         "logits": LOGITS,
     }
 

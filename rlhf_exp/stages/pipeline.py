@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.schema import Run
 from rlhf_exp.stages import STAGES, memory, plan, preflight, summary
-from rlhf_exp.stages.context import ADAPTER, HEAD, Context
+from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, Context
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
@@ -128,11 +128,11 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, base: Callable[[], Ba
             parents = {name: parent.folder for name, parent in node.parents.items() if parent.folder}
             context = Context(base(), folder, own, parents)
             metrics = import_module(STAGES[node.stage].module).run(config, context)
+            folder.finish(metrics)  # before the uploads: whatever becomes of them, the result is there
             own.metrics({f"final/{name}": value for name, value in metrics.items()}, step=0)
-            for part in (ADAPTER, HEAD):
+            for part in (ADAPTER, HEAD, CRITIC):
                 if (folder.path / part).is_dir():
                     own.artifact(folder.path / part, part)
-            folder.finish(metrics)
         node.found = folder
 
 
@@ -144,11 +144,11 @@ def recorded(folder: RunFolder, node: Node, tracker: Tracker) -> Iterator[None]:
         path = None if parent.folder is None else os.path.relpath(parent.folder, folder.path)
         inputs["parents"][name] = {"stage": name, "key": node.inputs["parents"][name]["key"], "path": path}
     folder.start(inputs, mlflow_run_id=tracker.run_id)
-    freeze(folder, node.config, sys.argv[1:])
-    tracker.params(asdict(node.config))
-    for name in (CONFIG, VERSIONS):
-        tracker.artifact(folder.path / name)
     try:
+        freeze(folder, node.config, sys.argv[1:])
+        tracker.params(asdict(node.config))
+        for name in (CONFIG, VERSIONS):
+            tracker.artifact(folder.path / name)
         yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
         folder.fail(KILLED, "stopped by a signal")

@@ -115,9 +115,8 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
     else:
         target_config = config
     nodes: dict[str, Node] = {}
-    for name in ORDER[
-        ORDER.index(stage) :: -1
-    ]:  # from the target up: what stands above asks for what is below
+    # from the target down: a stage asks for what it stands on
+    for name in ORDER[ORDER.index(stage) :: -1]:
         if name == stage or any(name in needs(n.stage, n.config) for n in nodes.values() if n.config):
             try:
                 nodes[name] = _node(name, stage, config, target_config, choices)
@@ -125,7 +124,7 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
                 problems += error.problems
     nodes = {name: nodes[name] for name in ORDER if name in nodes}
     try:
-        base = base_facts(config, download=not config.dry_run)
+        base = base_facts(config, download=False)
     except InputError as error:
         problems += error.problems
     for node in nodes.values():
@@ -138,6 +137,8 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
             problems += error.problems
     if problems:
         raise InputError(dict.fromkeys(problems))
+    if base.folder is None and not config.dry_run:
+        base = base_facts(config, download=True)  # gigabytes: only now that the rest is sound
     for node in nodes.values():
         if node.config is not None:
             node.parents = {name: nodes[name] for name in needs(node.stage, node.config)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rlhf_exp.data.load import check_view
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import shapes
-from rlhf_exp.schema import VIEW, Lora, Model, PPORun
+from rlhf_exp.schema import VIEW, EvalRun, Lora, Model, PPORun
 from rlhf_exp.stages import adapters
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
@@ -39,6 +39,7 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
             yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
             if plan.base.folder:
                 yield lambda node=node: _targets(node, plan)
+                yield lambda node=node: _context(node, plan)
     yield lambda: require_space(output, disk_needed(plan))
 
 
@@ -54,6 +55,20 @@ def _targets(node: Node, plan: Plan) -> None:
             f"lora.targets=[auto], but model {node.config.model.name} names no lora_targets: set one of the two"
         )
     shapes.require_targets(shapes.of_model(plan.base.folder), targets, node.config.model.name)
+
+
+def _context(node: Node, plan: Plan) -> None:
+    """Positions past the model's context would be computed without an error, and wrongly."""
+    config, most = node.config, shapes.context_of(plan.base.folder)
+    key, answer = "dataset.max_response_tokens", config.dataset.max_response_tokens
+    if isinstance(config, PPORun | EvalRun):
+        key, answer = "generation.max_new_tokens", config.generation.max_new_tokens
+    prompt = config.dataset.max_prompt_tokens
+    if most is not None and prompt + answer > most:
+        raise InputError(
+            f"dataset.max_prompt_tokens={prompt} + {key}={answer} = {prompt + answer} tokens, but model "
+            f"{config.model.name} has positions for {most}: lower one of the two"
+        )
 
 
 def disk_needed(plan: Plan) -> float:

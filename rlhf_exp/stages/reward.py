@@ -55,7 +55,7 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         optimizer = adamw([*roles.parameters("reward"), *head.parameters()], config.optim)
         trainer = PairTrainer(
             model=model,
-            args=TrainingArguments(**arguments),
+            args=supervised.on_one_device(TrainingArguments(**arguments)),
             train_dataset=supervised.dataset_of(
                 chosen=[chosen for chosen, _ in pairs["train"]],
                 rejected=[rejected for _, rejected in pairs["train"]],

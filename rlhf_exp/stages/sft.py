@@ -49,11 +49,8 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
     ):
         roles.new("policy", lora_config(config.lora, config.model), config.seed)
         optimizer = adamw(roles.parameters("policy"), config.optim)
-        arguments = SFTConfig(
-            **arguments,
-            max_length=None,  # the templates cut, and count what they cut
-            pad_to_multiple_of=None,
-        )
+        # max_length: the templates cut, and count what they cut
+        arguments = supervised.on_one_device(SFTConfig(**arguments, max_length=None, pad_to_multiple_of=None))
         with roles.use("policy"):
             trainer = SFTTrainer(
                 model=base.model,

@@ -46,6 +46,13 @@ def trainer_arguments(config: SFTRun | RewardRun, base: Base, steps: int) -> Ite
         }
 
 
+def on_one_device(arguments: Any) -> Any:
+    """The same arguments, for one device: transformers would spread the model over every CUDA device it sees."""
+    _ = arguments.device  # finds the devices
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
+
+
 class LogTo(TrainerCallback):
     """Sends the Trainer's numbers of each step to our log, under our names; the others are left out."""
 

@@ -138,6 +138,8 @@ class RunFolder:
         """End the run as FAILED or KILLED; what it saved stays, and the same command continues."""
         if status not in (FAILED, KILLED):
             raise ValueError(f"a run fails as FAILED or KILLED, got {status}")
+        if self.status == FINISHED:  # what went wrong afterwards does not undo the result
+            return
         self._end(status=status, error=error)
 
     def _end(self, **fields: Any) -> None:

@@ -359,6 +359,22 @@ def test_a_hub_model_offline(refused):
     assert line.endswith("set model.path to a local folder, or HF_HOME to a cache that has it")
 
 
+def test_an_adapter_whose_initialisation_changes_the_base(refused_sft, copied):
+    """PiSSA takes the adapter's start out of the base's weights, which here belong to all roles."""
+    edit(copied.peft / CONFIG, init_lora_weights="pissa")
+    (line,) = refused_sft(copied.peft)
+    assert line.startswith(
+        f"adapters.sft={copied.peft}: it was initialised by pissa, which changes the base's weights"
+    )
+
+
+def test_more_tokens_than_the_model_has_positions_for(refused):
+    assert refused("stage=sft", *TINY, "dataset.max_prompt_tokens=2030") == [
+        "dataset.max_prompt_tokens=2030 + dataset.max_response_tokens=32 = 2062 tokens, but model tiny has positions "
+        "for 2048: lower one of the two"
+    ]
+
+
 def test_targets_that_the_model_does_not_have(refused):
     (line,) = refused("stage=sft", *TINY, "lora.targets=[q_proj,W_pack]")
     assert line == (

@@ -491,12 +491,19 @@ def test_dropout_of_the_adapters_config_is_off_in_ppo(base, adapters, context, p
 
 def test_a_wrong_ratio_alone_is_an_error():
     sound = {"objective/kl_max": 0.0, "first/ratio_max": 1.0, "first/approxkl": 0.0}
+    sound["rollout/logprob_difference"] = 1e-5
     ppo.check_start(sound, torch.float32)
-    for wrong in ({"first/ratio_max": 1.0001}, {"objective/kl_max": 1e-6}, {"first/approxkl": 1e-6}):
+    small = [{"first/ratio_max": 1.0001}, {"objective/kl_max": 1e-6}, {"first/approxkl": 1e-6}]
+    for wrong in [*small, {"rollout/logprob_difference": 0.01}]:
         with pytest.raises(RuntimeError, match="does not start"):
             ppo.check_start(sound | wrong, torch.float32)
     ppo.check_start(sound | {"first/ratio_max": 1.04}, torch.bfloat16)
-    for wrong in ({"first/ratio_max": 1.06}, {"objective/kl_max": math.nan}, {"first/ratio_max": math.nan}):
+    for wrong in (
+        {"first/ratio_max": 1.16},
+        {"rollout/logprob_difference": 0.2},
+        {"objective/kl_max": math.nan},
+        {"first/ratio_max": math.nan},
+    ):
         with pytest.raises(RuntimeError, match="does not start"):
             ppo.check_start(sound | wrong, torch.bfloat16)
 

@@ -71,6 +71,14 @@ def test_a_failed_run_goes_on_in_the_same_folder_and_its_seconds_add_up(outputs,
     assert read(again)["seconds"] == 10.0 and read(again)["started"] == started
 
 
+def test_what_fails_after_the_end_does_not_undo_the_result(make_run):
+    run = make_run("sft", "3f")
+    run.fail("KILLED", "Ctrl-C during an upload")
+    assert run.status == "FINISHED"
+    assert run.read()["error"] is None
+    run.verify()
+
+
 def test_fail_takes_only_the_two_states(make_run):
     with pytest.raises(ValueError, match="FAILED or KILLED, got FINISHED"):
         make_run("sft", "3f", end=None).fail("FINISHED", "")
