@@ -111,9 +111,9 @@ def _check_head(key: str, path: Path, hidden_size: int) -> None:
         )
 
 
-def content_key(folder: Path) -> str:
+def content_key(stage: str, folder: Path) -> str:
     """What stands for a given adapter in the keys of the runs that use it."""
-    if (folder / MANIFEST).is_file():  # a run folder: all that it holds, checkpoints too
+    if stage == "ppo" and (folder / MANIFEST).is_file():  # `eval` looks at the kept checkpoints too
         return fingerprint_folder(folder, (MANIFEST,))
     adapter = fingerprint_folder(adapter_folder(folder), (WEIGHTS, CONFIG))
     head = head_file(folder)

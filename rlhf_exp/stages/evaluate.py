@@ -92,7 +92,7 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
     context.folder.write_json("eval.json", evaluation)
     publish_report(config, context, evaluation, len(prompts))
     first, last = found[0].metrics, found[-1].metrics
-    return {f"sft/{k}": v for k, v in first.items()} | {f"last/{k}": v for k, v in last.items()}
+    return {f"last/{k}": v for k, v in last.items()} | {f"sft/{k}": v for k, v in first.items()}
 
 
 def candidates(config: EvalRun, context: Context) -> list[Candidate]:
@@ -145,10 +145,11 @@ def measure(
     scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, rollout.responses, ROWS)}
     if config.eval.gold != "none":
         scores["gold"] = functions.score(config.eval.gold, [prompt.prompt for prompt in prompts], texts)
-    metrics = text.measure(texts, spoken(rollout), rollout.ended)
+    metrics: dict[str, float] = {}
     for name, values in scores.items():
         metrics[name], metrics[f"{name}_se"] = interval.mean_se(values)
     metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
+    metrics |= text.measure(texts, spoken(rollout), rollout.ended)
     if candidate.adapter is not None:
         roles.remove(role)
     return Measured(candidate, rollout, texts, scores, metrics)

@@ -132,7 +132,7 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
             if node.config is not None:
                 node.data = {VIEW[node.stage]: fingerprint(node.config.dataset, VIEW[node.stage])}
             elif node.given:
-                node.key = adapters.content_key(node.given)
+                node.key = adapters.content_key(node.stage, node.given)
         except InputError as error:
             problems += error.problems
     if problems:

@@ -83,7 +83,7 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
                 )
                 metrics["optim/lr"] = scheduler.get_last_lr()[0]
                 scheduler.step()
-                log.step(step, metrics | (cuts.metrics() if step == 1 else {}))
+                log.step(step, metrics | ({"data/prompts_cut": float(cuts.prompts_cut)} if step == 1 else {}))
                 log.samples(step, samples)
                 if step % config.ppo.save_every == 0 and step < config.ppo.steps:
                     publish(context, actors, f"{CHECKPOINTS}/step_{step:05d}")

@@ -70,15 +70,15 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         size = 2 * config.train.micro_batch_size
         if config.reward.center:
             center(roles, head, [chosen for chosen, _ in pairs["train"][:CENTRED_ON]], size)
-        metrics = {"train/loss": result.training_loss, "data/pairs": float(len(pairs["train"]))}
+        metrics: dict[str, float] = {}
         if pairs["validation"]:
-            found, scores = evaluate(roles, head, rows["validation"], pairs["validation"], size)
-            metrics |= found
+            metrics, scores = evaluate(roles, head, rows["validation"], pairs["validation"], size)
             log.samples(steps, samples(rows["validation"], scores))
         with context.folder.publish(ADAPTER) as folder:
             roles.save("reward", folder)
         with context.folder.publish(HEAD) as folder:
             head.save(folder / HEAD_FILE)
+    metrics |= {"train/loss": result.training_loss, "data/pairs": float(len(pairs["train"]))}
     return metrics | statistics(config.dataset, "comparisons").metrics() | cuts.metrics()
 
 

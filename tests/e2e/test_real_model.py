@@ -73,8 +73,14 @@ def test_the_real_model_in_float32_starts_exactly(real, cli, tmp_path):
         "stage=ppo", "model=smollm2_135m", "model.dtype=float32", *words, *given, f"output_dir={output}"
     )
     assert result.code == 0, result.err
-    (metrics,) = finite(cli.runs(output, "ppo")[0], cli, 1)
+    (ppo,) = cli.runs(output, "ppo")
+    (metrics,) = finite(ppo, cli, 1)
     started(metrics, 0.0)
+    # the value head is of no use without the adapter whose hidden states it reads
+    kept, start = (
+        (folder / "adapter_model.safetensors").read_bytes() for folder in (ppo / "critic", reward / "adapter")
+    )
+    assert len(kept) == len(start) and kept != start
     assert metrics["rollout/logprob_difference"] < 1e-3
 
 

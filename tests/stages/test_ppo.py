@@ -416,7 +416,7 @@ def test_in_bfloat16_within_the_tolerance(bf16_base, adapters, context, ppo_conf
         built = ppo.build_actors(config, context(on=bf16_base, **parents), roles)
         metrics = iterate(config, built, bf16_base)
     tolerance = ppo.TOLERANCE[torch.bfloat16]
-    assert tolerance <= 0.05
+    assert tolerance <= 0.15  # about one digit of a large logit, and less than the ratio clip
     assert metrics["objective/kl_max"] <= tolerance
     assert abs(metrics["first/ratio_max"] - 1) <= tolerance
     assert metrics["rollout/logprob_difference"] < 0.1
@@ -572,6 +572,7 @@ def test_adapters_are_kept_and_differ(learned):
     }
     assert len(contents) == 3
     assert (path / "head" / "head.safetensors").is_file()
+    assert not (path / "critic").exists()  # it is the policy's trunk
 
 
 def test_samples_of_every_iteration(learned):

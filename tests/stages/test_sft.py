@@ -91,8 +91,9 @@ def test_micro_batches_change_nothing(config, context):
     assert max(float(v.abs().max()) for k, v in one.items() if "lora_B" in k) > 1e-3
 
 
-def test_it_learns_and_says_so(config, context):
-    given = context()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_learns_and_says_so(config, context, base, bf16_base, dtype):
+    given = context(on=base if dtype == "float32" else bf16_base)
     result = sft.run(config(steps=12, lr=1e-2, schedule="linear"), given)
     metrics = read_metrics(given.folder.path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, 13))
