@@ -416,7 +416,7 @@ def test_in_bfloat16_within_the_tolerance(bf16_base, adapters, context, ppo_conf
         built = ppo.build_actors(config, context(on=bf16_base, **parents), roles)
         metrics = iterate(config, built, bf16_base)
     tolerance = ppo.TOLERANCE[torch.bfloat16]
-    assert tolerance <= 0.15  # about one digit of a large logit, and less than the ratio clip
+    assert tolerance <= 0.05
     assert metrics["objective/kl_max"] <= tolerance
     assert abs(metrics["first/ratio_max"] - 1) <= tolerance
     assert metrics["rollout/logprob_difference"] < 0.1
@@ -499,7 +499,7 @@ def test_a_wrong_ratio_alone_is_an_error():
             ppo.check_start(sound | wrong, torch.float32)
     ppo.check_start(sound | {"first/ratio_max": 1.04}, torch.bfloat16)
     for wrong in (
-        {"first/ratio_max": 1.16},
+        {"first/ratio_max": 1.06},
         {"rollout/logprob_difference": 0.2},
         {"objective/kl_max": math.nan},
         {"first/ratio_max": math.nan},
