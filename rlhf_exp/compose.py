@@ -190,14 +190,22 @@ def upstream(stage: str, parent: schema.Run, choices: dict[str, str]) -> tuple[s
     """The config of a stage that `parent` needs: its defaults, then what flows, then `upstream.<stage>`.
 
     Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
-    view that the stage reads; to ppo and eval also what they share with a ppo or pipeline run (the optimiser
-    only from pipeline to ppo). Raises InputError whose lines start with `upstream.<stage>: `.
+    view that the stage reads (else one must be chosen); to ppo and eval also what they share with a ppo or
+    pipeline run (the optimiser only from pipeline to ppo). Raises InputError whose lines start with
+    `upstream.<stage>: `.
     """
     with session():
         given = overrides.settings(stage, getattr(parent.upstream, stage, {}), tree())
         if given.problems:
             raise InputError([f"upstream.{stage}: {problem}" for problem in given.problems])
-        flowing = _flowing(stage, parent)
+        view = schema.VIEW[stage]
+        has_view = bool(given.values.get(f"dataset.views.{view}", getattr(parent.dataset.views, view)))
+        if not has_view and "dataset" not in given.options:
+            raise InputError(
+                f"upstream.{stage}: dataset {parent.dataset.name} has no {view}: choose one that has, "
+                f"'upstream.{stage}={{dataset: ...}}', or give a ready adapter, adapters.{stage}=PATH"
+            )
+        flowing = _flowing(stage, parent, has_view)
         groups = {g: option for g, option in choices.items() if g.partition("/")[0] in flowing}
         if "dataset" in given.options:
             groups.pop("dataset/template", None)  # the template of the dataset that was left
@@ -212,11 +220,9 @@ def upstream(stage: str, parent: schema.Run, choices: dict[str, str]) -> tuple[s
         return run, choices_of(composed.hydra)
 
 
-def _flowing(stage: str, parent: schema.Run) -> list[str]:
-    """The fields of the parent that the upstream stage takes over."""
-    names = list(INHERITED)
-    if getattr(parent.dataset.views, schema.VIEW[stage]) is not None:
-        names.append("dataset")
+def _flowing(stage: str, parent: schema.Run, has_view: bool) -> list[str]:
+    """The fields of the parent that the upstream stage takes over; has_view: its dataset is one of them."""
+    names = list(INHERITED) + ["dataset"] * has_view
     if isinstance(parent, schema.PPORun) and stage in ("ppo", "eval"):
         names += POLICY
         if stage == "ppo":

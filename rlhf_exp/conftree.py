@@ -17,6 +17,7 @@ ORDER = (
     "dataset",
     "dataset/template",
     "ppo",
+    "ilql",
     "generation",
     "reward_source",
     "strategy",

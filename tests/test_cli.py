@@ -19,8 +19,16 @@ from rlhf_exp import cli, compose, conftree, helppage, stages, sweep
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.paths import conf_dir
 
-STAGES = "there are sft, reward, ppo, eval and pipeline"
-NO_STAGE = "no stage: add stage=sft, reward, ppo, eval or pipeline, or experiment=quickstart or smoke"
+STAGES = "there are sft, reward, ppo, ilql, eval and pipeline"
+
+
+def options(group: str, last: str = "and") -> str:
+    """The options of a group as a sentence lists them."""
+    names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+NO_STAGE = f"no stage: add stage=sft, reward, ppo, ilql, eval or pipeline, or experiment={options('experiment', 'or')}"
 
 
 class Pipeline(types.ModuleType):
@@ -69,10 +77,10 @@ BAD = [
     (["stage=ppoo"], [f"unknown stage ppoo; did you mean ppo? {STAGES}"]),
     (["stage=zzz"], [f"unknown stage zzz; {STAGES}"]),
     (["model=tiny"], [NO_STAGE]),
-    (["experiment=quickstrat"], ["unknown experiment quickstrat; did you mean quickstart? there are quickstart and smoke"]),
-    (["stage=ppo", "model=tinny"], ["unknown model tinny; did you mean tiny? there are baichuan7b, smollm2_135m and tiny"]),
+    (["experiment=quickstrat"], [f"unknown experiment quickstrat; did you mean quickstart? there are {options('experiment')}"]),
+    (["stage=ppo", "model=tinny"], [f"unknown model tinny; did you mean tiny? there are {options('model')}"]),
     (["stage=ppo", "generation=greedy"], ["unknown generation greedy; there is sample"]),
-    (["stage=ppo", "dataset/template=tdlr"], ["unknown dataset/template tdlr; did you mean tldr? there are plain and tldr"]),
+    (["stage=ppo", "dataset/template=tdlr"], [f"unknown dataset/template tdlr; did you mean tldr? there are {options('dataset/template')}"]),
     (["stage=ppo", "modle=tiny"], ["unknown key modle; did you mean model?"]),
     (["stage=ppo", "dataset/templat=tldr"], ["unknown key dataset/templat; did you mean dataset/template?"]),
     (["stage=ppo", "ppo.klcoef=1"], ["unknown key ppo.klcoef; did you mean ppo.kl_coef?"]),
@@ -82,7 +90,7 @@ BAD = [
     # what another stage has
     (["stage=sft", "ppo.kl_coef=0.1"], ["stage sft has no key ppo.kl_coef; ppo and pipeline have it"]),
     (["stage=sft", "ppo=default"], ["stage sft has no group ppo; ppo and pipeline have it"]),
-    (["stage=reward", "generation=sample"], ["stage reward has no group generation; ppo, eval and pipeline have it"]),
+    (["stage=reward", "generation=sample"], ["stage reward has no group generation; ppo, ilql, eval and pipeline have it"]),
     (["stage=sft", "reward.center=false"], ["stage sft has no key reward.center; reward has it"]),
     # around the schema
     (["stage=ppo", "+ppo.foo=1"], ["unknown key ppo.foo"]),
@@ -106,7 +114,7 @@ BAD = [
     # ranges
     (["stage=ppo", "ppo.kl_coef=-1"], ["ppo.kl_coef must be at least 0, got -1.0"]),
     (["stage=ppo", "optim.lr=nan"], ["optim.lr must be a finite number, got nan"]),
-    (["stage=ppo", "ppo.critic=mine"], ["ppo.critic must be one of trunk, own, got mine"]),
+    (["stage=ppo", "ppo.critic=mine"], ["ppo.critic must be one of trunk, own, detached, got mine"]),
     (["stage=ppo", "seed=???"], ["seed has no value: Seed of data order, initialisation and sampling."]),
     (["stage=ppo", "ppo.minibatches=5"], ["ppo.minibatches must divide ppo.batch_size, got 5 and 32"]),
     # what cannot be read
@@ -351,7 +359,7 @@ def test_sweeps_started_in_the_same_second_stay_apart(run):
     ("words", "problems"),
     [
         (["stage=ppo", "ppo.kl_coef=0.1,abc,-1"], ["ppo.kl_coef must be a number, got abc", "ppo.kl_coef must be at least 0, got -1.0"]),
-        (["stage=ppo", "dataset=reviews,tdlr"], ["unknown dataset tdlr; did you mean tldr? there are reviews and tldr"]),
+        (["stage=ppo", "dataset=reviews,tdlr"], [f"unknown dataset tdlr; did you mean tldr? there are {options('dataset')}"]),
         (["stage=sft,ppo", "ppo.steps=3"], ["stage sft has no key ppo.steps; ppo and pipeline have it"]),
         (["stage=sft,pppo"], [f"unknown stage pppo; did you mean ppo? {STAGES}"]),
         (["stage=ppo", "seed=interval(0,1)"], ["seed must be a whole number, got 0.0", "seed must be a whole number, got 1.0"]),
@@ -490,14 +498,14 @@ def test_the_help_page_names_every_option(run, words):
     assert (code, err) == (0, [])
     flat = " ".join(out.split())
     tree = conftree.read([conf_dir()])
-    assert len(tree) == 12
+    assert len(tree) == 13
     for group, options in tree.items():
         assert f"\n{group}=..." in out
         for option, path in options.items():
             place = 1 if group == "experiment" else 0
             assert f"{option} {' '.join(conftree.comments(path)[place].split())}" in flat
     assert "model=... (default smollm2_135m)" in flat
-    assert "reward_source=... (default learned; stages ppo, eval, pipeline)" in flat
+    assert "reward_source=... (default learned; stages ppo, ilql, eval, pipeline)" in flat
 
 
 def test_the_page_as_a_process_is_plain_and_needs_no_hydra():

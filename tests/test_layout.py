@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "overrides": COMMAND_LINE,
     "compose": COMMAND_LINE,
     "helppage": {*COMMAND_LINE, "compose"},
+    "modelpage": {"conftree"},
     "sweep": {*COMMAND_LINE, "compose"},
     "stages": STAGES,
     "cli": {*COMMAND_LINE, "compose", "helppage", "progress", "stages", "store", "sweep", "tracking"},

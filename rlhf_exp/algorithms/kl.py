@@ -55,3 +55,19 @@ def kl_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor
     check_shapes(scores=(scores, "B"), kl=(kl, "B T"), mask=(mask, "B T"))
     rewards = torch.where(mask, -kl_coef * kl, 0)
     return rewards.scatter_add(1, last_token(mask).unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
+
+
+def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """The coefficient of the next iteration: raised where the KL is above its target, lowered where below.
+
+    Ziegler et al. 2019 (arXiv:1909.08593) section 2.2:
+        e_t      = clip((KL - KL_target) / KL_target, -0.2, 0.2)
+        beta_t+1 = beta_t (1 + K_beta e_t)
+    K_beta = episodes / horizon, as in the code of that paper (0.1 in its text). kl in nats an answer, as `target`;
+    `episodes` answers were sampled since the last update. Raises ValueError unless target and horizon are positive.
+    """
+    for name, value in (("target", target), ("horizon", horizon)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

@@ -3,6 +3,10 @@
 Training needs log pi(token) at every response position. Through the logits this holds [N, V] numbers, forward
 and backward: 64 answers of 512 tokens at V = 151k are 20 GB in float32. `linear_logprobs` works through
 [chunk, V] at a time and keeps [N, d]. Left out: a gradient for the output layer, which is frozen here.
+
+The repetition penalty is replayed position by position. It adds 2 gathers and scatters of L numbers a position
+(L: the longest prompt + answer of the micro-batch), for which about 40 L bytes move, where the product alone takes
+2 d V operations and the softmax moves some 20 V bytes: about 1 % at L = 512 and V = 49k. A penalty of 1 adds nothing.
 """
 
 from collections.abc import Sequence
@@ -13,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_exp.algorithms.repetition import Repetition, penalise, penalise_gradient
 from rlhf_exp.algorithms.shapes import at_least_float32, check_shapes
 from rlhf_exp.algorithms.support import Support
 
@@ -53,7 +58,7 @@ def entropy(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = N
 
 
 class LinearLogprobs(NamedTuple):
-    """Float32[N] each (float64 for float64 hidden states); only `logprobs` carries a gradient."""
+    """Float32[N] each (float64 for float64 hidden states); `logprobs` carries a gradient, `entropy` on demand."""
 
     logprobs: Tensor  # of the targets, under the distribution that was sampled from
     entropy: Tensor  # of that distribution, in nats
@@ -69,17 +74,21 @@ def linear_logprobs(
     support: Support | None = None,
     suppressed: tuple[Tensor, Sequence[int] | Tensor] | None = None,
     chunk_size: int | None = None,
+    repetition: Repetition | None = None,
+    entropy_gradient: bool = False,
 ) -> LinearLogprobs:
     """log softmax((hidden @ weight.T + bias) / temperature)[target], renormalised on the kept tokens.
 
     hidden [N, d] of real positions only, weight [V, d], bias [V] or None, targets int[N]; `support` of
-    the N positions, or None for all tokens; `suppressed` (bool[N], token ids) forbids these ids where it is
-    True. The product is taken in the dtype of `hidden`, the softmax in float32 or wider. `chunk_size`
-    positions are worked on at once, by default as many as LOGIT_BUDGET allows.
+    the N positions, or None for all tokens; `suppressed` (bool[N], token ids[S]) forbids these ids where it is
+    True, (bool[N, S], ids) each where its own column is; `repetition` penalises the logits before the
+    temperature, with the tokens before each position. The product is taken in the dtype of `hidden`, the softmax
+    in float32 or wider. `chunk_size` positions are worked on at once, by default as many as LOGIT_BUDGET allows.
 
     The output layer is frozen and each log-prob receives one number from above, so its gradient d logp / d
-    hidden = (onehot - p) @ weight / temperature is complete in the forward: it is computed there, only when
-    asked for, and scaled in the backward. Nothing is recomputed and no [N, V] is kept.
+    hidden = ((onehot - p) * d logits' / d logits) @ weight / temperature is complete in the forward: it is
+    computed there, only when asked for, and scaled in the backward. Nothing is recomputed and no [N, V] is kept.
+    With `entropy_gradient` the entropy's is too: d H / d logits' = -p (log p + H).
 
     Raises ValueError for a target outside the vocabulary or its kept set, naming the position (a silent -inf
     would become a NaN loss), and for an output layer that wants a gradient (`token_logprobs` gives one).
@@ -95,9 +104,14 @@ def linear_logprobs(
         check_shapes(hidden=(hidden, "N d"), **{"support.counts": (support.counts, "N")})
     if suppressed is not None:
         ids = torch.as_tensor(suppressed[1], dtype=torch.int64, device=hidden.device)
-        check_shapes(hidden=(hidden, "N d"), mask=(suppressed[0], "N"), token_ids=(ids, "S"))
+        where = suppressed[0]
+        check_shapes(
+            hidden=(hidden, "N d"), mask=(where, "N S" if where.ndim == 2 else "N"), token_ids=(ids, "S")
+        )
         _check_vocabulary("suppressed token", ids, weight.shape[0])
-        suppressed = (suppressed[0], ids)
+        suppressed = (where if where.ndim == 2 else where.unsqueeze(1), ids)
+    if repetition is not None:
+        repetition.check(len(hidden), weight.shape[0])
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
             "linear_logprobs gives no gradient to the output layer: freeze it, or use token_logprobs"
@@ -109,7 +123,17 @@ def linear_logprobs(
     weight = weight.to(hidden.dtype)
     return LinearLogprobs(
         *_LinearLogprobs.apply(
-            hidden, weight, bias, targets, temperature, support, suppressed, chunk_size, with_gradient
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            support,
+            suppressed,
+            repetition,
+            chunk_size,
+            with_gradient,
+            with_gradient and entropy_gradient,
         )
     )
 
@@ -117,17 +141,33 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, targets, temperature, support, suppressed, chunk_size, with_gradient
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        support,
+        suppressed,
+        repetition,
+        chunk_size,
+        with_gradient,
+        entropy_gradient,
     ):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropies, kept_mass = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         kept = torch.ones_like(targets, dtype=torch.bool)
         gradient = torch.empty_like(hidden) if with_gradient else None
+        of_entropy = torch.empty_like(hidden) if entropy_gradient else None
         supports = support.split(chunk_size) if support is not None else None
         for i, start in enumerate(range(0, len(hidden), chunk_size)):
             rows = slice(start, start + chunk_size)
             target = targets[rows].unsqueeze(1)
-            logits = at_least_float32(F.linear(hidden[rows], weight, bias)).div_(temperature)
+            logits = at_least_float32(F.linear(hidden[rows], weight, bias))
+            if repetition is not None:
+                seen = repetition.seen(rows)
+                factors = penalise(logits, seen, repetition.penalty)
+            logits.div_(temperature)
             total = logits.logsumexp(dim=1)
             _restrict(logits, supports[i] if supports is not None else None, suppressed, rows)
             kept[rows] = (logits.gather(1, target) != -torch.inf).squeeze(1)
@@ -135,21 +175,33 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[rows] = logits.gather(1, target).squeeze(1) - normaliser
             kept_mass[rows] = (normaliser - total).exp()
             probs = logits.sub_(normaliser.unsqueeze(1)).exp_()
-            entropies[rows] = torch.special.entr(probs).sum(dim=1)
+            terms = torch.special.entr(probs)
+            entropies[rows] = terms.sum(dim=1)
+            if of_entropy is not None:
+                slope = terms.addcmul_(probs, entropies[rows].unsqueeze(1), value=-1)
+                if repetition is not None:
+                    penalise_gradient(slope, seen, factors)
+                of_entropy[rows] = slope.to(hidden.dtype) @ weight / temperature
+            del terms
             if gradient is not None:
                 residual = probs.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+                if repetition is not None:
+                    penalise_gradient(residual, seen, factors)
                 gradient[rows] = residual.to(hidden.dtype) @ weight / temperature
         _check_kept(kept, targets)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropies, kept_mass)
+            ctx.save_for_backward(gradient, of_entropy)
+        ctx.mark_non_differentiable(*((kept_mass,) if entropy_gradient else (entropies, kept_mass)))
         return logprobs, entropies, kept_mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, _grad_entropy, _grad_kept_mass):
-        (gradient,) = ctx.saved_tensors
-        return grad_logprobs.unsqueeze(1) * gradient, *[None] * 8
+    def backward(ctx, grad_logprobs, grad_entropy, _grad_kept_mass):
+        gradient, of_entropy = ctx.saved_tensors
+        total = grad_logprobs.unsqueeze(1) * gradient
+        if of_entropy is not None:
+            total = total + grad_entropy.unsqueeze(1) * of_entropy
+        return total, *[None] * 10
 
 
 def _restrict(
@@ -159,8 +211,8 @@ def _restrict(
     if support is not None:
         logits.masked_fill_(~support.to_mask(logits.shape[1]), -torch.inf)
     if suppressed is not None:
-        positions, ids = suppressed
-        logits[:, ids] = logits[:, ids].masked_fill(positions[rows].unsqueeze(1), -torch.inf)
+        where, ids = suppressed
+        logits[:, ids] = logits[:, ids].masked_fill(where[rows], -torch.inf)
 
 
 def _normaliser(
@@ -175,7 +227,7 @@ def _normaliser(
         return logits.logsumexp(dim=1)
     if suppressed is None:
         return total
-    changed = suppressed[0][rows]
+    changed = suppressed[0][rows].any(dim=1)
     return total.masked_scatter(changed, logits[changed].logsumexp(dim=1))
 
 

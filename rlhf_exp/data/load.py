@@ -10,6 +10,7 @@ Nothing here imports torch. A file is read once a process; it is read again when
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.data import sources
-from rlhf_exp.data.records import SPLITS, BadRow, Comparison, Drop, Prompt, Record, kind, split_of
+from rlhf_exp.data.records import SPLITS, BadRow, Comparison, Drop, Prompt, Record, kind, opening_id, split_of
 from rlhf_exp.data.templates import check_template
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Dataset
 
+# family -> its module: VIEWS (view -> function of a row and the Dataset); GENERATE (a function of the Dataset
+# that makes the rows) where code takes the place of files; REPEATS = True where a row that comes twice counts twice
 FAMILIES = {
+    "alpaca": "rlhf_exp.data.alpaca",
+    "hc3": "rlhf_exp.data.hc3",
+    "hh_rlhf": "rlhf_exp.data.hh_rlhf",
+    "hh_rlhf_zh": "rlhf_exp.data.hh_rlhf_zh",
+    "imdb": "rlhf_exp.data.imdb",
+    "jsonl": "rlhf_exp.data.jsonl",
+    "randomwalks": "rlhf_exp.data.randomwalks",
     "reviews": "rlhf_exp.data.reviews",
+    "rlhf_reward": "rlhf_exp.data.rlhf_reward",
+    "sharegpt_preference": "rlhf_exp.data.sharegpt_preference",
+    "sst2": "rlhf_exp.data.sst2",
     "tldr": "rlhf_exp.data.tldr",
+    "tldr_openai": "rlhf_exp.data.tldr_openai",
 }
 VIEWS = ("demonstrations", "comparisons", "prompts")
 SHOWN_BAD_ROWS = 5
@@ -69,13 +83,17 @@ def longer_chosen(comparisons: Sequence[Comparison]) -> float:
     return sum((d > 0) + 0.5 * (d == 0) for d in lead) / len(lead)
 
 
-def _rows_to_records(dataset: Dataset, view: str) -> Callable[[Mapping[str, Any]], list[Record]]:
-    if dataset.family not in FAMILIES:
-        raise InputError(f"dataset.family must be one of {', '.join(FAMILIES)}, got {dataset.family}")
-    functions = import_module(FAMILIES[dataset.family]).VIEWS
+def _rows_to_records(dataset: Dataset, view: str) -> Callable[[Mapping[str, Any], Dataset], list[Record]]:
+    functions = _module(dataset).VIEWS
     if view not in functions:
         raise InputError(f"dataset.family={dataset.family} has no {view} (it has: {', '.join(functions)})")
     return functions[view]
+
+
+def _module(dataset: Dataset) -> Any:
+    if dataset.family not in FAMILIES:
+        raise InputError(f"dataset.family must be one of {', '.join(FAMILIES)}, got {dataset.family}")
+    return import_module(FAMILIES[dataset.family])
 
 
 def _name(dataset: Dataset, view: str) -> tuple[str, str]:
@@ -91,12 +109,19 @@ def _name(dataset: Dataset, view: str) -> tuple[str, str]:
 
 def locate(dataset: Dataset, view: str) -> Path | str:
     """The file or folder of a view, or its hub id. Raises InputError if it can be neither."""
-    return sources.locate(*_name(dataset, view))
+    return sources.locate(*_name(dataset, view), dataset.name)
 
 
 def fingerprint(dataset: Dataset, view: str) -> str:
     """sha256 (hex) of the view's content: it changes with the bytes of its files, not with their names."""
-    return sources.fingerprint(sources.open_source(*_name(dataset, view)))
+    return sources.fingerprint(_source(dataset, view))
+
+
+def _source(dataset: Dataset, view: str) -> sources.Source:
+    key, name = _name(dataset, view)
+    if generate := getattr(_module(dataset), "GENERATE", None):
+        return sources.Generated(dataset.family, tuple(json.dumps(row) for row in generate(dataset)))
+    return sources.open_source(key, name, dataset.revision, dataset.name)
 
 
 def check_view(dataset: Dataset, view: str, splits: Iterable[str] = ("train",)) -> None:
@@ -115,14 +140,20 @@ def load_view(dataset: Dataset, view: str, split: str) -> list[Record]:
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}, there are {', '.join(SPLITS)}")
+    if split == "heldout" and dataset.evaluate_on == "train":
+        split = "train"
     records, _, _ = _view(dataset, view)
-    found = [r for r in records if split_of(r.id, dataset.validation_share, dataset.heldout_share) == split]
+    found = [r for r in records if _split(r, dataset) == split]
     if not found and not (split == "validation" and dataset.validation_share == 0):
         raise InputError(_empty_split(dataset, view, split, len(records)))
     if split == "train" and 0 < dataset.limit < len(found):
         kept = sorted(range(len(found)), key=lambda i: found[i].id)[: dataset.limit]
         found = [found[i] for i in sorted(kept)]
     return found
+
+
+def _split(record: Record, dataset: Dataset) -> str:
+    return split_of(opening_id(record.prompt), dataset.validation_share, dataset.heldout_share)
 
 
 def _empty_split(dataset: Dataset, view: str, split: str, records: int) -> str:
@@ -138,20 +169,33 @@ def _empty_split(dataset: Dataset, view: str, split: str, records: int) -> str:
 def statistics(dataset: Dataset, view: str) -> Statistics:
     """Rows, records a split (before `dataset.limit`), what was left out and why, length-only baseline."""
     records, rows, dropped = _view(dataset, view)
-    splits = Counter(split_of(r.id, dataset.validation_share, dataset.heldout_share) for r in records)
+    splits = Counter(_split(r, dataset) for r in records)
     share = longer_chosen(records) if view == "comparisons" else None
     return Statistics(view, rows, {split: splits[split] for split in SPLITS}, dict(dropped), share)
 
 
 def _view(dataset: Dataset, view: str) -> tuple[tuple[Record, ...], int, Mapping[str, int]]:
     key, name = _name(dataset, view)
-    return _read(
-        key,
-        name,
-        sources.open_source(key, name),
-        _rows_to_records(dataset, view),
-        dataset.on_bad_row == "skip",
-    )
+    return _read(key, name, _source(dataset, view), _ToRecords(dataset, view), dataset.on_bad_row == "skip")
+
+
+class _ToRecords:
+    """A row of a view -> its records. Equal to another where family, view and options are: what `_read` caches by."""
+
+    def __init__(self, dataset: Dataset, view: str) -> None:
+        self.dataset, self.function = dataset, _rows_to_records(dataset, view)
+        self.repeats = getattr(_module(dataset), "REPEATS", False)
+        options = (dataset.fields, dataset.hc3, dataset.prompt_words, dataset.early_difference)
+        self.key = f"{dataset.family} {view} {options}"
+
+    def __call__(self, row: Mapping[str, Any]) -> list[Record]:
+        return self.function(row, self.dataset)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ToRecords) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 class _BadRows:
@@ -175,8 +219,8 @@ class _BadRows:
 def _read(
     key: str,
     name: str,
-    source: tuple[sources.File, ...] | sources.Hub,
-    to_records: Callable[[Mapping[str, Any]], list[Record]],
+    source: sources.Source,
+    to_records: _ToRecords,
     skip: bool,
 ) -> tuple[tuple[Record, ...], int, Mapping[str, int]]:
     """All records of a source without repetitions, the number of its rows, what was left out by reason."""
@@ -186,15 +230,18 @@ def _read(
         rows += 1
         try:
             for record in to_records(_fields(row)):
+                if isinstance(record, Drop):  # a part of the row
+                    dropped[str(record)] += 1
+                    continue
                 # prompts are sampled from, and their randomness is keyed by id: one of each
-                same = record.id if isinstance(record, Prompt) else record
+                same = record.id if isinstance(record, Prompt) else (record, rows * to_records.repeats)
                 dropped["duplicate"] += same in records
                 records.setdefault(same, record)
         except Drop as reason:
             dropped[str(reason)] += 1
         except BadRow as reason:
             bad.add(position, reason)
-    where = name if isinstance(source, sources.Hub) else ", ".join(str(file.path) for file in source)
+    where = ", ".join(str(file.path) for file in source) if isinstance(source, tuple) else name
     if bad.number and not skip:
         raise InputError(
             [*bad.lines(where, rows), "dataset.on_bad_row=skip leaves bad rows out and counts them"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -11,11 +11,36 @@ SPLITS = ("train", "validation", "heldout")
 
 
 @dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A prompt with what was said before it: `history` is earlier exchanges, each a prompt and its response."""
+
+    prompt: str
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+
+    def __str__(self) -> str:
+        """For people to read; what a model reads is made by the template."""
+        said = [
+            line for exchange in self.history for line in zip(("Human", "Assistant"), exchange, strict=True)
+        ]
+        lines = [("System", self.system)] * bool(self.system) + said + [("Human", self.prompt)]
+        return "\n\n".join(f"{who}: {text}" for who, text in lines)
+
+
+Asked = str | Dialogue  # a single prompt is plain text; a dialogue is one only where there is more to it
+
+
+def asked(prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Asked:
+    """The prompt alone, or a Dialogue where something was said before it."""
+    return Dialogue(prompt, tuple(history), system) if history or system else prompt
+
+
+@dataclass(frozen=True, slots=True)
 class Demonstration:
     """A prompt and an answer to imitate."""
 
     id: int
-    prompt: str
+    prompt: Asked
     response: str
 
 
@@ -24,17 +49,17 @@ class Comparison:
     """A prompt and two answers, of which `chosen` was preferred."""
 
     id: int
-    prompt: str
+    prompt: Asked
     chosen: str
     rejected: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt to answer; `reference` is a human answer where the data has one."""
+    """A prompt to answer; `reference` is the answer that the data holds for good, where it has one."""
 
     id: int
-    prompt: str
+    prompt: Asked
     reference: str | None
 
 
@@ -46,12 +71,25 @@ class BadRow(Exception):
 
 
 class Drop(Exception):
-    """A sound row that the dataset's published recipe leaves out; it is counted under the message."""
+    """A sound row that the dataset's published recipe leaves out; it is counted under the message.
+
+    Raised for a whole row; in a list of records it stands for the part of the row that is left out.
+    """
 
 
-def prompt_id(prompt: str) -> int:
+def prompt_id(prompt: Asked) -> int:
     """The prompt's identity in every view and family: 8 bytes of its sha256 without the sign bit (int63)."""
-    return int.from_bytes(sha256(prompt.encode()).digest()[:8], "big") & (2**63 - 1)
+    return int.from_bytes(sha256(str(prompt).encode()).digest()[:8], "big") & (2**63 - 1)
+
+
+def opening_id(prompt: Asked) -> int:
+    """The id that decides the split: of the first prompt of a dialogue, whatever its whitespace.
+
+    Published sets hold a dialogue once for each of its turns: its beginnings must not be trained on where its
+    end is evaluated.
+    """
+    first = prompt if isinstance(prompt, str) else prompt.history[0][0] if prompt.history else prompt.prompt
+    return prompt_id(" ".join(first.split()))
 
 
 def split_of(id: int, validation_share: float, heldout_share: float) -> str:
@@ -81,14 +119,20 @@ def kind(value: Any) -> str:
 
 def text(row: Mapping[str, Any], name: str) -> str:
     """Field `name` of a row, stripped of whitespace. Raises BadRow if it is absent, no text, or empty."""
+    value = string(row, name)
+    if not value:
+        raise BadRow(f"field '{name}' is empty")
+    return value
+
+
+def string(row: Mapping[str, Any], name: str) -> str:
+    """As `text`, but it may be empty."""
     if name not in row:
         raise BadRow(f"no field '{name}' (has: {_shown(row)})")
     value = row[name]
     if not isinstance(value, str):
         raise BadRow(f"field '{name}' must be text, is {kind(value)}")
     value = value.strip()
-    if not value:
-        raise BadRow(f"field '{name}' is empty")
     if not encodable(value):
         raise BadRow(f"field '{name}' holds half a character (a lone surrogate)")
     return value

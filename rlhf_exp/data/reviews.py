@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_exp.data.records import Comparison, Demonstration, Drop, Prompt, prompt_id, text
+from rlhf_exp.schema import Dataset
 
 
-def demonstrations(row: Mapping[str, Any]) -> list[Demonstration]:
+def demonstrations(row: Mapping[str, Any], dataset: Dataset) -> list[Demonstration]:
     """Both continuations: SFT learns to write reviews of either kind, PPO then has something to shift."""
     opening = text(row, "opening")
     id = prompt_id(opening)
@@ -22,7 +23,7 @@ def demonstrations(row: Mapping[str, Any]) -> list[Demonstration]:
     ]
 
 
-def comparisons(row: Mapping[str, Any]) -> list[Comparison]:
+def comparisons(row: Mapping[str, Any], dataset: Dataset) -> list[Comparison]:
     """The upbeat continuation is the chosen one."""
     opening, upbeat, downbeat = text(row, "opening"), text(row, "upbeat"), text(row, "downbeat")
     if upbeat == downbeat:
@@ -30,7 +31,7 @@ def comparisons(row: Mapping[str, Any]) -> list[Comparison]:
     return [Comparison(prompt_id(opening), opening, upbeat, downbeat)]
 
 
-def prompts(row: Mapping[str, Any]) -> list[Prompt]:
+def prompts(row: Mapping[str, Any], dataset: Dataset) -> list[Prompt]:
     """The opening; there is no single right continuation, so no reference."""
     opening = text(row, "opening")
     return [Prompt(prompt_id(opening), opening, None)]

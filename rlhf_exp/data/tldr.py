@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_exp.data.records import BadRow, Comparison, Demonstration, Drop, Prompt, prompt_id, text
+from rlhf_exp.schema import Dataset
 
 MARK = "TL;DR:"
 FEWEST_WORDS = 5
@@ -34,12 +35,12 @@ def _summary(row: Mapping[str, Any], name: str) -> str:
     return summary
 
 
-def demonstrations(row: Mapping[str, Any]) -> list[Demonstration]:
+def demonstrations(row: Mapping[str, Any], dataset: Dataset) -> list[Demonstration]:
     prompt = _prompt(row)
     return [Demonstration(prompt_id(prompt), prompt, _summary(row, "label"))]
 
 
-def comparisons(row: Mapping[str, Any]) -> list[Comparison]:
+def comparisons(row: Mapping[str, Any], dataset: Dataset) -> list[Comparison]:
     """Equal and very short summaries are left out as in trlX's reward recipe.
 
     (CarperAI/trlx, examples/summarize_rlhf/reward_model/train_reward_model_gptj.py: either field under 5
@@ -54,7 +55,7 @@ def comparisons(row: Mapping[str, Any]) -> list[Comparison]:
     return [Comparison(prompt_id(prompt), prompt, _summary(row, "chosen"), _summary(row, "rejected"))]
 
 
-def prompts(row: Mapping[str, Any]) -> list[Prompt]:
+def prompts(row: Mapping[str, Any], dataset: Dataset) -> list[Prompt]:
     prompt = _prompt(row)
     return [Prompt(prompt_id(prompt), prompt, _summary(row, "label"))]
 

@@ -30,6 +30,7 @@ class Metric(NamedTuple):
     spec: str  # of format()
     note: str
     best: bool = False  # whether the highest is the best; of the others neither more nor less is
+    terminal: bool = True  # whether the terminal's table, which has 80 columns, shows it too
 
 
 METRICS = (
@@ -37,6 +38,30 @@ METRICS = (
         "gold", "Gold score", "gold", "", ".2f", "Mean score by a rule the policy was not trained on.", True
     ),
     Metric("reward", "Reward", "reward", "", ".2f", "Mean score by what the policy was trained on.", True),
+    Metric(
+        "greedy_gold",
+        "Greedy gold score",
+        "greedy",
+        "gold",
+        ".2f",
+        "Gold score of the most probable answers.",
+    ),
+    Metric(
+        "greedy_reward", "Greedy reward", "greedy", "reward", ".2f", "Reward of the most probable answers."
+    ),
+    *(
+        Metric(
+            f"{greedy}rouge{kind}",
+            f"{greedy.replace('_', ' ').capitalize()}ROUGE-{kind}",
+            f"R-{kind}",
+            greedy.strip("_"),
+            ".3f",
+            f"F1 of {what} with the prompt's reference{', of the most probable answers' * bool(greedy)}.",
+            terminal=False,
+        )
+        for greedy in ("", "greedy_")
+        for kind, what in (("1", "words"), ("2", "word pairs"), ("L", "the longest common subsequence"))
+    ),
     Metric("kl", "KL", "KL", "nats", ".1f", "KL divergence from the first policy, summed over an answer."),
     Metric("length", "Length", "length", "tokens", ".1f", "Mean length of an answer, without EOS."),
     Metric(

@@ -14,7 +14,13 @@ from typing import Any
 from rlhf_exp.evaluation import figures, findings, outcome, render, samples
 from rlhf_exp.evaluation.markup import Content, Html, tag
 
-HEADER = ("model", "dataset", "held-out prompts", "duration")  # facts that stand under the title too
+HEADER = (
+    "model",
+    "dataset",
+    "held-out prompts",
+    "training prompts",
+    "duration",
+)  # facts that stand under the title too
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

@@ -22,7 +22,7 @@ def section(evaluation: Mapping[str, Any]) -> Content:
         return
     count = len(evaluation["policies"])
     some = f" ({len(names)} of {count} policies)" if len(names) < count else ""
-    yield tag("p", f"The same held-out prompts, answered by each policy{some}; not selected.", cls="note")
+    yield tag("p", f"The same prompts, answered by each policy{some}; not selected.", cls="note")
     for sample in evaluation["samples"]:
         answers = [_answer(name, sample["responses"].get(name)) for name in names]
         yield tag(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,22 @@ if TYPE_CHECKING:
 # what a model's folder must give for `load_base`; also what its content hash covers
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json")
 FILES += ("*.model", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "*.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+TOKENIZER += ("chat_template*",)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# in their place where a folder has none
+BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # config entries that put something between the hidden states and the logits besides the output layer
 BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# how configs name the model's own dropouts
+DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
 @dataclass
@@ -48,9 +63,17 @@ class Base:
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
 
+    @cached_property
+    def tokenizer_key(self) -> str:
+        """A hash of what decides the token ids of a text."""
+        from rlhf_exp.store.keys import fingerprint_folder
+
+        return f"{fingerprint_folder(self.path, TOKENIZER)}:{self.eos_id}"
+
     @property
     def hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        """Width of the hidden states after the trunk, which OPT-350M projects: not always the config's."""
+        return self.output_layer[0].shape[1]
 
     @property
     def trunk(self) -> torch.nn.Module:
@@ -76,9 +99,9 @@ def resolve(model: Model, *, download: bool = False) -> Path | None:
             raise InputError(f"model.path={model.path} is no model folder: it has no config.json")
         return folder
     if model.path is None and model.source == "builtin":
-        from rlhf_exp.model.tiny import build_tiny
+        from rlhf_exp.model.builtin import build
 
-        return build_tiny()
+        return build(model.name)
     if model.path is None and model.source == "pypi":
         from rlhf_exp.fetch import model_folder
 
@@ -104,7 +127,11 @@ def _from_hub(model: Model, download: bool) -> Path | None:
         if not download:
             return None
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
+        folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
+        if not any(folder.glob(WEIGHTS[0])):
+            allowed += BIN
+            folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
+        return folder
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -113,11 +140,19 @@ def _from_hub(model: Model, download: bool) -> Path | None:
         ) from error
 
 
-def content_hash(folder: Path) -> str:
-    """sha256 (hex) over the weights, the config and the tokenizer: what an adapter belongs to."""
+def content_hash(folder: Path, model: Model | None = None, seed: int = 0) -> str:
+    """sha256 (hex) over the weights, the config and the tokenizer: what an adapter belongs to.
+
+    Of a model from scratch the weights in the folder do not count, but the seed that they are drawn from does.
+    """
     from rlhf_exp.store.keys import fingerprint_folder
 
-    return fingerprint_folder(folder, FILES)
+    if model is not None and model.from_scratch:
+        return f"scratch:{seed}:" + fingerprint_folder(
+            folder, [name for name in FILES if name not in WEIGHTS]
+        )
+    weights = any(folder.glob(WEIGHTS[0]))
+    return fingerprint_folder(folder, FILES if weights else (*FILES, *BIN))
 
 
 def resolve_device(device: str) -> str:
@@ -152,33 +187,85 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
 
 
-def load_base(model: Model, device: str = "auto", path: Path | None = None) -> Base:
+def load_base(model: Model, device: str = "auto", path: Path | None = None, seed: int = 0) -> Base:
     """Load the model once, frozen and with dropout off. `path`: its folder, if it is already resolved.
 
-    Raises InputError for files that transformers cannot read, a tokenizer without EOS, and a model whose
-    logits are not hidden states times the output layer (soft caps, scales), which would make every log-prob
-    here wrong.
+    With `model.from_scratch` the weights are drawn from `seed` and only config and tokenizer are read.
+
+    Raises InputError for files that transformers cannot read, a tokenizer without EOS or without
+    `model.eos_token`, a quantisation that cannot be had here (model/quantize.py), and a model whose logits are not
+    hidden states times the output layer (soft caps, scales), which would make every log-prob here wrong.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rlhf_exp.model import baichuan, quantize, shapes
     from rlhf_exp.model.quiet import no_progress_bars
 
-    folder = path or resolve(model, download=True)
+    baichuan.register()
     device = resolve_device(device)
+    quantize.require(model, device)
+    folder = path or resolve(model, download=True)
     dtype = getattr(torch, resolve_dtype(model.dtype, device))
+    if not model.from_scratch and any(folder.glob(BIN[0])) and not any(folder.glob(WEIGHTS[0])):
+        shapes.of_model(folder)  # torch refuses a file that names code, too, but tells how to run it
     try:
         with no_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+            if model.from_scratch:
+                loaded = _draw(folder, dtype, seed).to(device)
+            elif model.quantization == "none":
+                config = _without_dropout(folder)
+                loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device)
+            else:  # a quantised model is put on its device while it is read, and cannot be moved
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=_without_dropout(folder),
+                    dtype=dtype,
+                    quantization_config=quantize.config_of(model, dtype),
+                    device_map={"": device},
+                )
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot load the model in {folder}: {reason}") from error
+    if model.eos_token is not None:
+        _end_with(tokenizer, model.eos_token, folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in {folder} has no EOS token, so no answer could end")
     _refuse_bent_logits(loaded.config.get_text_config(), folder)
     loaded.requires_grad_(False).eval()
-    return Base(loaded, tokenizer, folder, content_hash(folder), dtype, torch.device(device))
+    return Base(loaded, tokenizer, folder, content_hash(folder, model, seed), dtype, torch.device(device))
+
+
+def _without_dropout(folder: Path) -> Any:
+    """The model's config with its own dropouts (GPT-2, OPT) at 0: a Trainer's train mode would switch them on."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in vars(config.get_text_config()).items():
+        if name.endswith(DROPOUTS) and isinstance(value, int | float):
+            setattr(config.get_text_config(), name, 0.0)
+    return config
+
+
+def _end_with(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> None:
+    """Make `token` the one that ends an answer; the pad token stays."""
+    if token not in tokenizer.get_vocab():
+        raise InputError(
+            f"model.eos_token={token!r} is not one token of the tokenizer in {folder}; its own is "
+            f"{tokenizer.eos_token!r} (model.eos_token=null)"
+        )
+    tokenizer.eos_token = token
+
+
+def _draw(folder: Path, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A model of config.json's shape, its weights drawn as its architecture prescribes, from the seed alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(_without_dropout(folder), dtype=dtype)
 
 
 def _refuse_bent_logits(config: Any, folder: Path) -> None:

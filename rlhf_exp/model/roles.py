@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
 
 WEIGHTS = "adapter_model.safetensors"
+BIN = "adapter_model.bin"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's file format names tensors as seen from its PeftModel
+# an adapter's tensors, and how their names end in a file
+PARTS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
 BASE = None  # the role without an adapter
 
 
@@ -50,6 +53,8 @@ def lora_config(lora: Lora, model: Model) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
 
@@ -68,10 +73,15 @@ class Roles:
     # ---------------------------------------------------------------- adapters
 
     def new(self, role: str, config: LoraConfig, seed: int, trainable: bool = True) -> None:
-        """A fresh adapter: A random, B zero (Hu et al. 2021), so that the role computes as the base."""
+        """A fresh adapter: A random, B zero (Hu et al. 2021), so that the role computes as the base.
+
+        With DoRA (Liu et al. 2024, eq. 5) its magnitudes are the norms of the base's weights.
+        """
         with torch.random.fork_rng(devices=_devices(self.base)):
             torch.manual_seed(seed)
             self._inject(role, config)
+        if config.use_dora:
+            self._measure(role)
         self._set_trainable(role, trainable)
 
     def load(self, role: str, folder: Path, trainable: bool = False) -> None:
@@ -80,11 +90,10 @@ class Roles:
         Raises InputError for a folder that is no LoRA adapter or does not fit this base.
         """
         from peft import LoraConfig
-        from safetensors.torch import load_file
 
         try:
             config = LoraConfig.from_pretrained(folder)
-            stored = load_file(folder / WEIGHTS)
+            stored = read_weights(folder)
         except Exception as error:  # whatever a foreign file makes PEFT or safetensors say
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{folder} is not a LoRA adapter: {reason}") from error
@@ -121,6 +130,7 @@ class Roles:
     def remove(self, role: str) -> None:
         for layer in self._layers:
             layer.delete_adapter(role)
+        self._set_casts()
         self._configs.pop(role, None)
         self._activate(BASE)
 
@@ -135,12 +145,13 @@ class Roles:
                 setattr(parent, name.rpartition(".")[2], module.get_base_layer())
         if hasattr(model, "peft_config"):
             del model.peft_config
+        model.__dict__.pop("_hf_peft_config_loaded", None)
         if self._checkpointing:
             model.activation_checkpointing_disable()
         self._layers, self._configs, self.active = [], {}, BASE
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The role's LoRA weights (float32 whatever the base runs in)."""
+        """The role's weights, LoRA's A and B and DoRA's magnitudes (float32 whatever the base runs in)."""
         return list(self._tensors(role).values())
 
     def __enter__(self) -> Roles:
@@ -218,14 +229,17 @@ class Roles:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                # GPT-2's Conv1D: PEFT sees it by itself, and says so
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
                 inject_adapter_in_model(config, self.base.model, role)
         except ValueError as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"LoRA cannot be put on this model (lora.targets): {reason}") from error
+        if getattr(self.base.model, "is_quantized", False):
+            self.base.model._hf_peft_config_loaded = True  # else a Trainer refuses: nothing could be trained
         self._configs[role] = config
         self._layers = [m for m in self.base.model.modules() if isinstance(m, BaseTunerLayer)]
-        for layer in self._layers:
-            layer.cast_input_dtype_enabled = False  # see `use`
+        self._set_casts()
         # injecting flips requires_grad of the adapters that were there
         self.base.model.requires_grad_(False)
         for parameter in trainable:
@@ -235,6 +249,30 @@ class Roles:
         self.base.model.eval()
         self._activate(self.active)
 
+    def _measure(self, role: str) -> None:
+        """DoRA's magnitudes as its forward computes the norms, in float32.
+
+        PEFT measures them in the base's dtype: with bfloat16 the role would start up to 0.4 % from the base.
+        """
+        from peft.utils.integrations import dequantize_module_weight
+
+        for layer in self._layers:
+            if role in layer.lora_magnitude_vector:
+                dora, weight = (
+                    layer.lora_magnitude_vector[role],
+                    dequantize_module_weight(layer.get_base_layer()),
+                )
+                norms = dora.get_weight_norm(weight.float(), torch.zeros((), device=weight.device), 1.0)
+                dora.weight.data = norms.detach()
+
+    def _set_casts(self) -> None:
+        """Whether layers cast their input to float32: not for LoRA alone, see `use`.
+
+        DoRA computes the norms of the weights in the input's dtype, and compares them with float32 magnitudes.
+        """
+        for layer in self._layers:
+            layer.cast_input_dtype_enabled = len(layer.lora_magnitude_vector) > 0
+
     def _set_trainable(self, role: str, trainable: bool) -> None:
         for parameter in self.parameters(role):
             parameter.requires_grad_(trainable)
@@ -243,12 +281,22 @@ class Roles:
         """The role's parameters under the names that PEFT's file format gives them, without its prefix."""
         if role not in self._configs:
             raise KeyError(f"no role {role!r}; there are {', '.join(self._configs) or 'none'}")
-        marker = f".{role}.weight"
+        ends = {f".{part}.{role}.weight": f".{part}{end}" for part, end in PARTS.items()}
         return {
-            name.replace(marker, ".weight"): parameter
+            name.removesuffix(end) + ends[end]: parameter
             for name, parameter in self.base.model.named_parameters()
-            if name.endswith((f".lora_A{marker}", f".lora_B{marker}"))
+            for end in ends
+            if name.endswith(end)
         }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder; older ones are in adapter_model.bin, which is read without running its code."""
+    from safetensors.torch import load_file
+
+    if (folder / WEIGHTS).is_file() or not (folder / BIN).is_file():
+        return load_file(folder / WEIGHTS)
+    return torch.load(folder / BIN, map_location="cpu", weights_only=True)
 
 
 def _devices(base: Base) -> list[torch.device]:

@@ -1,4 +1,4 @@
-"""The shapes of a model's weights from the headers of its safetensors files: no torch, no weights read."""
+"""The shapes of a model's weights from the headers of its files: no torch, no weights read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_exp.errors import InputError
+from rlhf_exp.model import torchfile
+from rlhf_exp.model.torchfile import Shapes
 
-Shapes = dict[str, tuple[int, ...]]
+BIN = "pytorch_model*.bin"
+# model_type -> the trunk's name in the model, and how tensors' names start in files that leave it out
+TRUNK = {
+    "gpt2": ("transformer", ("h.", "wte.", "wpe.", "ln_f.")),
+    "bloom": ("transformer", ("h.", "word_embeddings", "ln_f.")),
+    "opt": ("model", ("decoder.",)),
+}
+# GPT-2's matrices are stored [in, out]
+CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
+# what old files hold beside the weights: values for masks, rotary frequencies, and causal masks, which unlike the
+# biases of the same name are no vectors
+BUFFERS = (".masked_bias", ".inv_freq")
+MASKS = (".attn.bias", ".attention.bias")
+WIDTH = ("hidden_size", "n_embd", "n_embed", "d_model")  # what configs call it
 
 
 def header(path: Path) -> Shapes:
@@ -38,13 +53,61 @@ def header(path: Path) -> Shapes:
 
 
 def of_model(folder: Path) -> Shapes:
-    """All weights of a model's folder. Raises InputError where there is no safetensors file."""
-    files = sorted(folder.glob("*.safetensors"))
+    """All weights of a model's folder: its safetensors files, or else its pytorch_model*.bin.
+
+    Raises InputError where there is neither, or not every file that the index names.
+    """
+    files, read, index = sorted(folder.glob("*.safetensors")), header, "model.safetensors.index.json"
     if not files:
-        raise InputError(f"{folder} has no *.safetensors weights")
+        files, read, index = sorted(folder.glob(BIN)), torchfile.header, "pytorch_model.bin.index.json"
+    if not files:
+        raise InputError(f"{folder} has no weights: no *.safetensors and no {BIN}")
     found: Shapes = {}
-    for file in files:
-        found |= header(file)
+    for file in sorted({*files, *_indexed(folder / index)}):
+        found |= read(file)
+    return _as_built(found, folder)
+
+
+def _indexed(index: Path) -> set[Path]:
+    """The files that an index names; none where there is no index."""
+    try:
+        return {index.parent / name for name in json.loads(index.read_text())["weight_map"].values()}
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is not a sound index of weights: {error!r}") from error
+
+
+def of_config(folder: Path) -> Shapes:
+    """What the weights of a model would be, from its config.json alone. Imports torch, allocates nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf_exp.model import baichuan
+
+    baichuan.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder / 'config.json'} describes no model: {reason}") from error
+    return _as_built({name: tuple(weight.shape) for name, weight in model.named_parameters()}, folder)
+
+
+def _as_built(shapes: Shapes, folder: Path) -> Shapes:
+    """The tensors of files as the model in `folder` names them, matrices as [out, in], without buffers."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):  # said where the config is needed
+        return shapes
+    trunk, starts = TRUNK.get(kind, ("", ()))
+    found: Shapes = {}
+    for name, shape in shapes.items():
+        if name.endswith(BUFFERS) or (name.endswith(MASKS) and len(shape) > 1):
+            continue
+        turned = kind == "gpt2" and name.endswith(CONV1D)
+        found[f"{trunk}.{name}" if name.startswith(starts) else name] = shape[::-1] if turned else shape
     return found
 
 
@@ -67,9 +130,9 @@ def require_targets(shapes: Shapes, targets: Sequence[str], model: str) -> None:
         )
 
 
-def lora_size(shapes: Shapes, targets: Sequence[str], r: int) -> int:
-    """Parameters of one adapter: A [r, in] and B [out, r] for every wrapped matrix."""
-    return sum(r * sum(shape) for shape in wrapped(shapes, targets).values())
+def lora_size(shapes: Shapes, targets: Sequence[str], r: int, dora: bool = False) -> int:
+    """Parameters of one adapter: A [r, in] and B [out, r] for every wrapped matrix; with DoRA [out] magnitudes."""
+    return sum(r * sum(shape) + dora * shape[0] for shape in wrapped(shapes, targets).values())
 
 
 @dataclass(frozen=True)
@@ -82,6 +145,19 @@ class Size:
     vocab_size: int
 
 
+def output_width(folder: Path) -> int:
+    """The length of the hidden states that heads read: OPT-350M projects its own to another."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config") or config
+    return config.get("word_embed_proj_dim") or next(config[name] for name in WIDTH if name in config)
+
+
+def q_head(kind: str, hidden_size: int, vocabulary: int) -> int:
+    """Numbers of one Q head of ILQL (model/ilql_heads.py)."""
+    d, v = hidden_size, vocabulary
+    return {"mlp": 2 * d * d + 2 * d * v, "linear": d * v, "tied": 4 * d * d}[kind]
+
+
 def context_of(folder: Path) -> int | None:
     """The longest sequence in tokens that the model has positions for; None where config.json does not say."""
     config = json.loads((folder / "config.json").read_text())
@@ -90,16 +166,17 @@ def context_of(folder: Path) -> int | None:
     return next((config[name] for name in names if config.get(name)), None)
 
 
-def size_of(folder: Path) -> Size:
-    """From config.json and the weights' headers."""
+def size_of(folder: Path, weights: Shapes | None = None) -> Size:
+    """From config.json and the weights' shapes, by default those of the folder's files."""
     try:
         config = json.loads((folder / "config.json").read_text())
         config = config.get("text_config") or config
         layers = next(
             config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config
         )
-        width = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
+        width = next(config[name] for name in WIDTH if name in config)
         vocabulary = config["vocab_size"]
     except (OSError, ValueError, KeyError, StopIteration, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} does not say the model's size: {error!r}") from error
-    return Size(sum(math.prod(shape) for shape in of_model(folder).values()), layers, width, vocabulary)
+    weights = of_model(folder) if weights is None else weights
+    return Size(sum(math.prod(shape) for shape in weights.values()), layers, width, vocabulary)

@@ -7,16 +7,14 @@ EOS (id 2): code that tells padding by the token's identity fails on it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.model.quiet import no_progress_bars
-from rlhf_exp.paths import PACKAGE, cache_dir
+from rlhf_exp.model import builtin
+from rlhf_exp.paths import PACKAGE
 
 if TYPE_CHECKING:
     import torch
@@ -46,30 +44,9 @@ RECIPE: dict[str, Any] = {
 def build_tiny() -> Path:
     """The model's folder (config.json, model.safetensors, tokenizer.json ...), built on the first call.
 
-    Its name holds a hash of the recipe and the text: another recipe is another folder. Several processes may
-    ask at once. InputError when the cache cannot be written.
+    Its name holds a hash of the recipe and the text.
     """
-    folder = cache_dir() / "models" / f"tiny-{_recipe_hash()}"
-    if folder.is_dir():  # it got its name when it was complete
-        return folder
-    from rlhf_exp.store import atomic
-    from rlhf_exp.store.locks import build_lock
-
-    try:
-        with build_lock(folder):
-            if not folder.is_dir():
-                with atomic.new_folder(folder) as temporary:
-                    _save(temporary)
-    except OSError as error:
-        raise InputError(
-            f"cannot build the tiny model in {folder}: {error}; set RLHF_EXP_CACHE to another folder"
-        ) from error
-    return folder
-
-
-def _recipe_hash() -> str:
-    recipe = json.dumps(RECIPE, sort_keys=True).encode()
-    return hashlib.sha256(recipe + _text()).hexdigest()[:12]
+    return builtin.once("tiny", json.dumps(RECIPE, sort_keys=True).encode() + _text(), _save)
 
 
 def _text() -> bytes:
@@ -86,11 +63,7 @@ def _save(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_train_tokenizer(), unk_token=unknown, bos_token=bos, eos_token=eos, pad_token=eos
     )
-    tokenizer.save_pretrained(folder)
-    with no_progress_bars():
-        _model().save_pretrained(folder)
-    # safetensors writes for its owner only; a shared cache is for everyone
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    builtin.write(folder, _model(), tokenizer)
 
 
 def _strings(value: Any) -> Iterator[str]:

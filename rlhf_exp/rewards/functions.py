@@ -1,62 +1,182 @@
-"""Rules that score a response: no parameters, no training. They serve as rewards and as gold scorers.
+"""What scores a response besides a reward model, by name: as reward (`reward_source.function`) or as `eval.gold`.
 
-A rule takes (prompts, responses) and returns a score for each response. To add one: write the function, name
-it in FUNCTIONS, and among the choices of `reward_source.function` and `eval.gold` in schema.py.
+    sentiment  length            rules
+    regex:PATTERN                1 where the pattern is found
+    relevance[:FOLDER]           similarity of prompt and response by a sentence encoder
+    optimality[:GRAPH SEED]      of a random walk (dataset=randomwalks)
+    python:module.function       the user's own
+
+Each takes prompts and responses and returns a number for each response. To add one: a Function in FUNCTIONS.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import replace as with_values
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
+from rlhf_exp.data import randomwalks
 from rlhf_exp.errors import InputError
+from rlhf_exp.fields import did_you_mean
+from rlhf_exp.rewards import relevance, rules, user
+from rlhf_exp.schema import EvalRun, ILQLRun, PPORun, RandomWalks, Run
 
-if TYPE_CHECKING:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_OTHER = rf"[^\s{_IDEOGRAPH}]*"
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|{_OTHER}[^\W{_IDEOGRAPH}]{_OTHER}")
-
-
-def sentiment(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """VADER's compound score of each response, -1 (negative) to 1 (positive); the prompt is not looked at.
-
-    Hutto & Gilbert 2014, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
-    Its lexicon is English: text without a word of it scores 0, as does an empty response.
-    """
-    analyser = _vader()
-    return [analyser.polarity_scores(text)["compound"] if text.strip() else 0.0 for text in responses]
+Texts = Sequence[str]
+NONE = "none"  # of eval.gold
 
 
-def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Words in each response: what stands between spaces and holds a letter or digit.
+@dataclass(frozen=True)
+class Function:
+    """`check` raises InputError for an argument that cannot be; `files` are those whose content decides scores."""
 
-    Chinese and Japanese have no spaces: there each character counts.
-    """
-    return [float(len(_WORD.findall(text))) for text in responses]
+    score: Callable[[str, Texts, Texts, str], list[float]]  # argument, prompts, responses, device
+    check: Callable[[str], Any]
+    files: Callable[[str], list[Path]] = lambda argument: []
 
 
-FUNCTIONS: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
-    "sentiment": sentiment,
-    "length": length,
+def _no_argument(argument: str) -> None:
+    if argument:
+        raise InputError(f"takes no argument, got {argument}")
+
+
+def _pattern(argument: str) -> None:
+    if not argument:
+        raise InputError("needs a pattern: regex:PATTERN")
+    try:
+        re.compile(argument)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"is no regular expression: {error}") from error
+
+
+def _graph(argument: str) -> randomwalks.Graph:
+    """Nodes, edges and length are the defaults of dataset.randomwalks."""
+    if argument and not (argument.isascii() and argument.isdigit() and int(argument) < 2**32):
+        raise InputError(f"expected the seed of a graph, optimality:1000, got {argument}")
+    return randomwalks.graph_of(_walks(argument))
+
+
+def _walks(argument: str) -> RandomWalks:
+    return RandomWalks(graph_seed=int(argument)) if argument else RandomWalks()
+
+
+def _optimality(argument: str, prompts: Texts, responses: Texts, device: str) -> list[float]:
+    graph = _graph(argument)
+    walks = ("".join(f"{p}{r}".split()) for p, r in zip(prompts, responses, strict=True))
+    return [randomwalks.optimality(graph, walk) for walk in walks]
+
+
+def _encoder_files(folder: str) -> list[Path]:
+    return [relevance.locate(folder)]
+
+
+FUNCTIONS = {
+    "sentiment": Function(lambda _, p, r, device: rules.sentiment(p, r), _no_argument),
+    "length": Function(lambda _, p, r, device: rules.length(p, r), _no_argument),
+    "regex": Function(lambda pattern, p, r, device: rules.regex(pattern, p, r), _pattern),
+    "relevance": Function(relevance.score, relevance.locate, _encoder_files),
+    "optimality": Function(_optimality, _graph),
+    "python": Function(lambda name, p, r, device: user.score(name, p, r), user.load, user.files),
 }
 
 
-def score(name: str, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A score for each response by the rule `name`. Raises InputError for an unknown rule."""
+def _of(spec: str) -> tuple[Function, str]:
+    name, _, argument = spec.partition(":")
     if name not in FUNCTIONS:
-        raise InputError(f"unknown reward function {name!r}; choose one of {', '.join(FUNCTIONS)}")
+        hint = did_you_mean(name, FUNCTIONS)
+        hint = hint or f"; choose one of {', '.join(FUNCTIONS)}"
+        if "." in spec:
+            hint = f"; a function of your own is python:{spec}"
+        raise InputError(f"there is no function {name}{hint}")
+    return FUNCTIONS[name], argument
+
+
+def check(spec: str, key: str = "reward_source.function") -> None:
+    """Raise InputError, in which `key` is the config key that holds it, unless `spec` can score. Loads no model."""
+    with _named(f"{key}={spec}"):
+        function, argument = _of(spec)
+        function.check(argument)
+
+
+def score(spec: str, prompts: Texts, responses: Texts, device: str = "cpu") -> list[float]:
+    """A score for each response. `device`: where an encoder computes. InputError: as `check`, or it fails."""
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
-    return FUNCTIONS[name](prompts, responses)
+    with _named(spec):
+        function, argument = _of(spec)
+        return function.score(argument, prompts, responses, device) if prompts else []
 
 
-@cache
-def _vader() -> SentimentIntensityAnalyzer:
-    """One analyser a process: reading the lexicon takes 30 ms."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+def fingerprint(spec: str, key: str = "reward_source.function") -> str | None:
+    """sha256 (hex) of what is not in `spec` itself: a user's source, an encoder's files; None for the others."""
+    from rlhf_exp.model.base import content_hash
 
-    return SentimentIntensityAnalyzer()
+    with _named(f"{key}={spec}"):
+        function, argument = _of(spec)
+        found = [
+            content_hash(path) if path.is_dir() else sha256(path.read_bytes()).hexdigest()
+            for path in function.files(argument)
+        ]
+    return "+".join(found) or None
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the function's name before the lines of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError([f"{name}: {problem}" for problem in error.problems]) from error
+
+
+def of_config(config: Run) -> dict[str, str]:
+    """{key: spec} of the functions that a run of ppo, ilql or eval scores with."""
+    found = {}
+    if isinstance(config, PPORun | ILQLRun | EvalRun) and config.reward_source.kind == "function":
+        found["reward_source.function"] = config.reward_source.function
+    if isinstance(config, EvalRun) and config.eval.gold != NONE:
+        found["eval.gold"] = config.eval.gold
+    return found
+
+
+def check_config(config: Run) -> None:
+    """`check` of all functions of a run, and that optimality is about the graph that the prompts are from."""
+    problems = []
+    for key, spec in of_config(config).items():
+        try:
+            check(spec, key)
+            _same_graph(config, key, spec)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+
+
+def _same_graph(config: Run, key: str, spec: str) -> None:
+    name, _, argument = spec.partition(":")
+    if name != "optimality" or config.dataset.family != "randomwalks":
+        return
+    ours = config.dataset.randomwalks
+    theirs = with_values(_walks(argument), walks=ours.walks)  # how many walks were drawn does not matter
+    if ours != theirs:
+        raise InputError(
+            f"{key}={spec}: it scores walks on the graph of {_said(theirs)}, but dataset.randomwalks is "
+            f"{_said(ours)}: they must be the same"
+        )
+
+
+def _said(task: RandomWalks) -> str:
+    return (
+        f"seed {task.graph_seed} ({task.nodes} nodes, edge probability {task.edge_probability:g}, "
+        f"walks of {task.length})"
+    )
+
+
+def fingerprints(config: Run) -> dict[str, str]:
+    """{key: fingerprint} of the functions of a run whose content is not in the config: part of the store's key."""
+    found = {key: fingerprint(spec, key) for key, spec in of_config(config).items()}
+    return {key: value for key, value in found.items() if value}

@@ -32,4 +32,4 @@ def score(
         return score_sequences(roles, "reward", head, sequences, size)
     decode = roles.base.tokenizer.batch_decode
     texts = (decode([list(ids) for ids in rows], skip_special_tokens=True) for rows in (prompts, responses))
-    return functions.score(source.function, *texts)
+    return functions.score(source.function, *texts, device=str(roles.base.device))

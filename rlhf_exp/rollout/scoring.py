@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rlhf_exp.algorithms.kl import full_kl
 from rlhf_exp.algorithms.logprob import LOGIT_BUDGET, LinearLogprobs, linear_logprobs
+from rlhf_exp.algorithms.repetition import Repetition
 from rlhf_exp.algorithms.support import Support
 from rlhf_exp.data.collate import right_pad
 from rlhf_exp.model.base import Base
 from rlhf_exp.model.roles import Roles
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.sampler import restricts
+from rlhf_exp.rollout.sampler import records
+from rlhf_exp.rollout.texts import forbidden
 from rlhf_exp.schema import Generation
 
 
@@ -35,6 +37,7 @@ class Answers(NamedTuple):
     targets: Tensor  # int64[N], the answer tokens
     first: Tensor  # int64[N], how many answer tokens precede each
     support: Support | None
+    chosen: Tensor | None = None  # bool[N], False at an EOS that a stop text put there; None: all are samples
 
 
 def answers(rollout: Rollout, rows: Sequence[int], base: Base) -> Answers:
@@ -46,8 +49,14 @@ def answers(rollout: Rollout, rows: Sequence[int], base: Base) -> Answers:
     mask = torch.arange(width)[None, :] < torch.tensor([len(r) for r in responses])[:, None]
     row, first = mask.nonzero(as_tuple=True)
     targets = torch.tensor([token for response in responses for token in response])
-    supports = rollout.supports
+    supports, stops = rollout.supports, rollout.stops
     device = base.device
+    chosen = None
+    if stops is not None and any(stops[i] is not None for i in rows):
+        last = torch.tensor(
+            [len(r) - 1 if stops[i] is not None else -1 for i, r in zip(rows, responses, strict=True)]
+        )
+        chosen = (first != last[row]).to(device)
     return Answers(
         rows=torch.tensor(list(rows), device=device),
         ids=ids.to(device),
@@ -56,6 +65,7 @@ def answers(rollout: Rollout, rows: Sequence[int], base: Base) -> Answers:
         targets=targets.to(device),
         first=first.to(device),
         support=None if supports is None else _to(Support.concat([supports[i] for i in rows]), device),
+        chosen=chosen,
     )
 
 
@@ -74,18 +84,59 @@ def hidden_before(roles: Roles, role: str | None, batch: Answers) -> Tensor:
     return roles.trunk(role, batch.ids)[batch.before]
 
 
-def answer_logprobs(base: Base, hidden: Tensor, batch: Answers, generation: Generation) -> LinearLogprobs:
+def chosen(hidden: Tensor, batch: Answers) -> Tensor:
+    """Of `hidden` [N, d] the positions whose token the policy chose: all but an EOS after a stop text."""
+    return hidden if batch.chosen is None else hidden[batch.chosen]
+
+
+def answer_logprobs(
+    base: Base, hidden: Tensor, batch: Answers, generation: Generation, entropy_gradient: bool = False
+) -> LinearLogprobs:
     """Log-probs [N] of the answer tokens under the distribution they were sampled from.
 
-    Temperature, the forbidden EOS and the recorded support are those of the rollout, whichever role `hidden`
-    [N, d] comes from: old, new and reference log-probs are then over the same tokens.
+    Repetition penalty, forbidden tokens, temperature and the recorded support are those of the rollout, whichever
+    role `hidden` [N, d] comes from: old, new and reference log-probs are then over the same tokens. An EOS that a
+    stop text put there was certain: log-prob 0, entropy 0. generation.logprob_mode=raw replays nothing but that.
     """
+    if batch.chosen is None:
+        return _chosen_logprobs(base, hidden, batch, generation, entropy_gradient)
+    part = batch._replace(
+        before=(batch.before[0][batch.chosen], batch.before[1][batch.chosen]),
+        targets=batch.targets[batch.chosen],
+        first=batch.first[batch.chosen],
+        support=None if batch.support is None else batch.support.select(batch.chosen),
+    )
+    found = _chosen_logprobs(base, hidden[batch.chosen], part, generation, entropy_gradient)
+    certain = LinearLogprobs(
+        *(x.new_full(batch.targets.shape, fill) for x, fill in zip(found, (0, 0, 1), strict=True))
+    )
+    return LinearLogprobs(*(x.masked_scatter(batch.chosen, y) for x, y in zip(certain, found, strict=True)))
+
+
+def _chosen_logprobs(
+    base: Base, hidden: Tensor, batch: Answers, generation: Generation, entropy_gradient: bool
+) -> LinearLogprobs:
     weight, bias = base.output_layer
-    suppressed = None
-    if generation.min_new_tokens > 0 and not restricts(generation):  # the support leaves EOS out by itself
-        suppressed = (batch.first < generation.min_new_tokens, [base.eos_id])
+    if generation.logprob_mode == "raw":
+        return linear_logprobs(hidden, weight, bias, batch.targets, entropy_gradient=entropy_gradient)
+    suppressed, repetition = None, None
+    limits = forbidden(generation, base.tokenizer, base.eos_id)
+    if limits and not records(generation):  # the support leaves them out by itself
+        ends = torch.tensor(list(limits.values()), device=batch.first.device)
+        suppressed = (batch.first[:, None] < ends, list(limits))
+    if generation.repetition_penalty != 1:
+        row, place = batch.before
+        repetition = Repetition(generation.repetition_penalty, batch.ids, row, place + 1)
     return linear_logprobs(
-        hidden, weight, bias, batch.targets, generation.temperature, batch.support, suppressed
+        hidden,
+        weight,
+        bias,
+        batch.targets,
+        generation.temperature,
+        batch.support,
+        suppressed,
+        repetition=repetition,
+        entropy_gradient=entropy_gradient,
     )
 
 

@@ -16,5 +16,6 @@ STAGES = {
     "sft": Stage("rlhf_exp.stages.sft", 1),
     "reward": Stage("rlhf_exp.stages.reward", 1),
     "ppo": Stage("rlhf_exp.stages.ppo", 1),
+    "ilql": Stage("rlhf_exp.stages.ilql", 1),
     "eval": Stage("rlhf_exp.stages.evaluate", 1),
 }

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.model import shapes
+from rlhf_exp.model import shapes, torchfile
 from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Tracking
-from rlhf_exp.stages.context import ADAPTER, HEAD, adapter_folder, head_file
+from rlhf_exp.stages.context import ADAPTER, HEAD, MODEL, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
 from rlhf_exp.store.manifest import MANIFEST
 from rlhf_exp.store.runs import RunFolder
 
 # settings of PEFT that leave out modules which the targets name
 SELECTIVE = ("layers_to_transform", "exclude_modules", "target_parameters")
-WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+WEIGHTS, BIN, CONFIG, BASE = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter_config.json",
+    "base.json",
+)
 
 
 def locate(stage: str, given: str, tracking: Tracking, output_dir: str) -> Path:
@@ -33,6 +38,11 @@ def locate(stage: str, given: str, tracking: Tracking, output_dir: str) -> Path:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise InputError(f"adapters.{stage}={given}: there is no such folder")
+    if (folder / MODEL).is_dir():
+        raise InputError(
+            f"adapters.{stage}={given} holds a whole model, no adapter: set model.path={folder / MODEL} "
+            "adapters.sft=base"
+        )
     if not (adapter_folder(folder) / CONFIG).is_file():
         raise InputError(
             f"adapters.{stage}={given}: no {CONFIG} in it: it is neither a run folder nor a PEFT folder"
@@ -54,7 +64,7 @@ def check(stage: str, folder: Path, base: Path, base_hash: str) -> None:
             f"{key}: it was initialised by {start}, which changes the base's weights; the base here is shared and "
             "stays as it is: convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
-    stored = shapes.header(adapter / WEIGHTS)
+    stored = torchfile.header(adapter / BIN) if _is_bin(adapter) else shapes.header(adapter / WEIGHTS)
     if (adapter / BASE).is_file():
         owner = _read(key, adapter / BASE)
         if owner.get("hash") != base_hash:
@@ -64,7 +74,12 @@ def check(stage: str, folder: Path, base: Path, base_hash: str) -> None:
             )
     _check_shapes(key, stored, shapes.of_model(base), config)
     if stage == "reward":
-        _check_head(key, head_file(folder), shapes.size_of(base).hidden_size)
+        _check_head(key, head_file(folder), shapes.output_width(base))
+
+
+def _is_bin(adapter: Path) -> bool:
+    """Whether its weights are in the format from before safetensors."""
+    return (adapter / BIN).is_file() and not (adapter / WEIGHTS).is_file()
 
 
 def _read(key: str, path: Path) -> dict[str, Any]:
@@ -79,27 +94,31 @@ def _read(key: str, path: Path) -> dict[str, Any]:
 
 def _check_shapes(key: str, stored: shapes.Shapes, base: shapes.Shapes, config: dict[str, Any]) -> None:
     """Names, shapes and ranks must fit: a foreign adapter says nothing else of its base, and may be of no LoRA."""
+    needed = {"A.weight", "B.weight"} | ({"magnitude_vector"} if config.get("use_dora") else set())
     sides: dict[str, set[str]] = {}
     for name, shape in stored.items():
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-        side = {"A.weight": 1, "B.weight": 0}.get(part)  # A is [r, in], B is [out, r], the weight [out, in]
-        if side is None:
-            raise InputError(f"{key}: it holds {name}: only adapters of plain LoRA are supported")
+        if part not in needed:
+            raise InputError(f"{key}: it holds {name}: only adapters of plain LoRA and of DoRA are supported")
         weight = base.get(f"{module}.weight")
         if weight is None:
             raise InputError(f"{key}: it belongs to another base model: this one has no {module}")
-        if len(shape) != 2 or len(weight) != 2 or shape[side] != weight[side]:
+        # A is [r, in], B is [out, r], DoRA's magnitudes are [out], the weight is [out, in]
+        side = int(part == "A.weight")
+        dims = 1 if part == "magnitude_vector" else 2
+        if len(shape) != dims or len(weight) != 2 or shape[side] != weight[side]:
             raise InputError(
                 f"{key}: it belongs to another base model: {name} is {shape}, the base's weight is {weight}"
             )
-        if not config.get("rank_pattern") and shape[1 - side] != config.get("r"):
+        if dims == 2 and not config.get("rank_pattern") and shape[1 - side] != config.get("r"):
             raise InputError(f"{key}: {name} is {shape}, but r in {CONFIG} is {config.get('r')}")
         sides.setdefault(module, set()).add(part)
     targets = config.get("target_modules")
     if isinstance(targets, list) and not any(config.get(name) for name in SELECTIVE):
         sides = {module: set() for module in shapes.wrapped(base, targets)} | sides
-    if broken := sorted(module for module, parts in sides.items() if len(parts) < 2):
-        raise InputError(f"{key}: {WEIGHTS} is not whole: it has no LoRA weights A and B of {broken[0]}")
+    if broken := sorted(module for module, parts in sides.items() if parts != needed):
+        what = "LoRA weights A and B" + (" and DoRA magnitudes" if config.get("use_dora") else "")
+        raise InputError(f"{key}: {WEIGHTS} is not whole: it has no {what} of {broken[0]}")
 
 
 def _check_head(key: str, path: Path, hidden_size: int) -> None:
@@ -115,6 +134,7 @@ def content_key(stage: str, folder: Path) -> str:
     """What stands for a given adapter in the keys of the runs that use it."""
     if stage == "ppo" and (folder / MANIFEST).is_file():  # `eval` looks at the kept checkpoints too
         return fingerprint_folder(folder, (MANIFEST,))
-    adapter = fingerprint_folder(adapter_folder(folder), (WEIGHTS, CONFIG))
+    weights = adapter_folder(folder)
+    adapter = fingerprint_folder(weights, (BIN if _is_bin(weights) else WEIGHTS, CONFIG))
     head = head_file(folder)
     return f"{adapter}+{fingerprint_folder(head.parent, (head.name,))}" if head.is_file() else adapter

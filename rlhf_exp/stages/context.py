@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_exp.data.load import load_view, statistics
+from rlhf_exp.data.records import Record
+from rlhf_exp.data.tokenised import Tokenised, tokenised
 from rlhf_exp.progress import Progress
+from rlhf_exp.schema import Dataset
 from rlhf_exp.store.runs import RunFolder
 from rlhf_exp.tracking import RunLog, Tracker
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 ADAPTER, HEAD, CRITIC, CHECKPOINTS = "adapter", "head", "critic", "checkpoints"
 HEAD_FILE = "head.safetensors"
+ILQL, HEADS_FILE = "ilql", "heads.safetensors"  # Q and V of ilql
+MODEL = "model"  # of sft with lora.full: all weights, the base of the later stages
 
 
 @dataclass
@@ -36,6 +42,14 @@ class Context:
             RunLog(self.folder.path, self.tracker, progress) as log,
         ):
             yield log
+
+    def read(self, dataset: Dataset, view: str, split: str) -> tuple[list[Record], Tokenised]:
+        """The records of a split and their token ids; says what was read, what left out, and how long it is."""
+        records = load_view(dataset, view, split)
+        rows = tokenised(self.base.tokenizer, self.base.tokenizer_key, dataset, view, split)
+        if split != "validation":  # the same file: said already
+            print(statistics(dataset, view), rows.cuts, sep="\n", flush=True)
+        return records, rows
 
     def adapter(self, stage: str) -> Path | None:
         """The PEFT folder of a parent stage; None where the base itself takes its place."""

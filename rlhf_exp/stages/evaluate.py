@@ -1,33 +1,36 @@
 """Policies on held-out prompts: the SFT model and every kept PPO adapter, paired by prompt and by noise.
 
 Writes eval.json, report.html and PNGs into its run folder. Every answer is scored by what the policy was trained on
-(reward) and by a scorer it never saw (gold); the KL is that of the untruncated distributions at temperature 1.
+(reward) and by a scorer it never saw (gold); the KL is that of the untruncated distributions at temperature 1. With
+several answers a prompt, standard errors and intervals are of the prompts' means, since answers to one prompt are
+not independent. With eval.greedy each policy also gives its most probable answers, which are only scored.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt
-from rlhf_exp.data.templates import encode_prompts
-from rlhf_exp.evaluation import interval, text
+from rlhf_exp.evaluation import interval, rouge, text
 from rlhf_exp.evaluation.report import write_report
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.rewards import functions
 from rlhf_exp.rewards.source import score
-from rlhf_exp.rollout.engine import Rollout, generate, spoken
+from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
-from rlhf_exp.rollout.scoring import answers, by_length, hidden_before, untruncated_kl
-from rlhf_exp.schema import EvalRun
-from rlhf_exp.stages.context import CHECKPOINTS, Context
+from rlhf_exp.rollout.scoring import answers, by_length, chosen, hidden_before, untruncated_kl
+from rlhf_exp.schema import EvalRun, Generation
+from rlhf_exp.stages.context import CHECKPOINTS, MODEL, Context
 from rlhf_exp.tracking import how_to_open, read_metrics, tracking_uri
 
 SHOW = (
@@ -51,12 +54,14 @@ class Candidate:
 
 @dataclass
 class Measured:
-    """One policy's answers and figures."""
+    """One policy's answers and figures; `samples_per_prompt` answers of a prompt stand together."""
 
     candidate: Candidate
     rollout: Rollout
     texts: list[str]
     scores: dict[str, list[float]]  # "reward", "gold": one an answer
+    means: dict[str, list[float]]  # the same, one a prompt
+    greedy: list[str]  # texts, one a prompt; none unless asked for
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -80,12 +85,12 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
                 "name": m.candidate.name,
                 "step": m.candidate.step,
                 "metrics": m.metrics,
-                "gain": interval.gains(found[0].scores, m.scores, seed=config.seed),
+                "gain": interval.gains(found[0].means, m.means, seed=config.seed),
             }
             for m in found
         ],
         "samples": [
-            {"prompt": prompts[i].prompt, "responses": {m.candidate.name: answer(m, i) for m in found}}
+            {"prompt": str(prompts[i].prompt), "responses": {m.candidate.name: answer(m, i) for m in found}}
             for i in range(min(config.eval.samples, len(prompts)))
         ],
     }
@@ -98,7 +103,7 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
 def candidates(config: EvalRun, context: Context) -> list[Candidate]:
     """The SFT model (or the base), then the kept PPO adapters in order of their step, the last one included."""
     sft = context.adapter("sft")
-    found = [Candidate("sft" if sft else "base", 0, sft)]
+    found = [Candidate("sft" if sft or made_by_sft(context.base.path) else "base", 0, sft)]
     if "ppo" not in context.parents:
         return found
     kept = sorted((context.parents["ppo"] / CHECKPOINTS).glob(f"{STEP}*")) if config.eval.checkpoints else []
@@ -107,6 +112,11 @@ def candidates(config: EvalRun, context: Context) -> list[Candidate]:
     curves = read_metrics(context.parents["ppo"] / "metrics.jsonl")
     end = int(curves[-1]["step"]) if curves else 1
     return [*found, Candidate(f"ppo@{end}", end, context.adapter("ppo"))]
+
+
+def made_by_sft(folder: Path) -> bool:
+    """Whether a base is what the sft stage made of all weights (lora.full): sft/<key>/model."""
+    return folder.name == MODEL and folder.parent.parent.name == "sft"
 
 
 def load_scorer(config: EvalRun, context: Context, roles: Roles) -> ScalarHead | None:
@@ -130,29 +140,68 @@ def measure(
     if candidate.adapter is not None:
         role = "candidate"
         roles.load(role, candidate.adapter)
-    keys = [row_key(config.seed, 0, prompt.id) for prompt in prompts]
-    rollout = join(
-        generate(
-            context.base,
-            lambda: roles.use(role),
-            encoded[i : i + ROWS],
-            keys[i : i + ROWS],
-            config.generation,
-        )
-        for i in range(0, len(encoded), ROWS)
-    )
-    texts = context.base.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-    scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, rollout.responses, ROWS)}
-    if config.eval.gold != "none":
-        scores["gold"] = functions.score(config.eval.gold, [prompt.prompt for prompt in prompts], texts)
+    count = config.eval.samples_per_prompt
+    keys = [row_key(config.seed, 0, prompt.id, sample) for prompt in prompts for sample in range(count)]
+    rollout = write(context, roles, role, repeat(encoded, count), keys, config.generation)
+    texts, scores = scored(config, roles, head, repeat(prompts, count), rollout)
+    means = {name: means_of(values, count) for name, values in scores.items()}
     metrics: dict[str, float] = {}
-    for name, values in scores.items():
+    for name, values in means.items():
         metrics[name], metrics[f"{name}_se"] = interval.mean_se(values)
+    greedy: list[str] = []
+    if config.eval.greedy:
+        one = replace(config.generation, greedy=True)
+        best = write(context, roles, role, encoded, keys[::count], one)
+        greedy, best_scores = scored(config, roles, head, prompts, best)
+        metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in best_scores.items()}
     metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
+    references = [prompt.reference for prompt in prompts]
+    metrics |= rouge.measure(texts, repeat(references, count))
+    if greedy:  # as published figures are made
+        found = rouge.measure(greedy, references)
+        metrics |= {f"greedy_{name}": value for name, value in found.items()}
     if candidate.adapter is not None:
         roles.remove(role)
-    return Measured(candidate, rollout, texts, scores, metrics)
+    return Measured(candidate, rollout, texts, scores, means, greedy, metrics)
+
+
+def repeat(rows: Sequence[Any], count: int) -> list[Any]:
+    """Each row `count` times, one after the other."""
+    return [row for row in rows for _ in range(count)]
+
+
+def means_of(values: Sequence[float], count: int) -> list[float]:
+    """The mean of each `count` values in a row."""
+    return [sum(values[i : i + count]) / count for i in range(0, len(values), count)]
+
+
+def write(
+    context: Context,
+    roles: Roles,
+    role: str | None,
+    encoded: list[list[int]],
+    keys: list[int],
+    generation: Generation,
+) -> Rollout:
+    """One answer to each row, ROWS at a time."""
+    return join(
+        generate(context.base, lambda: roles.use(role), encoded[i : i + ROWS], keys[i : i + ROWS], generation)
+        for i in range(0, len(encoded), ROWS)
+    )
+
+
+def scored(
+    config: EvalRun, roles: Roles, head: ScalarHead | None, prompts: list[Prompt], rollout: Rollout
+) -> tuple[list[str], dict[str, list[float]]]:
+    """The answers' texts, and their reward and gold score."""
+    shown = judged(rollout)
+    texts = roles.base.tokenizer.batch_decode(shown, skip_special_tokens=True)
+    scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, shown, ROWS)}
+    if config.eval.gold != functions.NONE:
+        asked = [str(prompt.prompt) for prompt in prompts]
+        scores["gold"] = functions.score(config.eval.gold, asked, texts, str(roles.base.device))
+    return texts, scores
 
 
 def join(parts: Any) -> Rollout:
@@ -173,7 +222,7 @@ def kl_to_sft(context: Context, roles: Roles, role: str | None, rollout: Rollout
     total = 0.0
     for rows in by_length(rollout, range(len(rollout.prompts)), ROWS):
         batch = answers(rollout, rows, context.base)
-        hidden, ref_hidden = (hidden_before(roles, name, batch) for name in (role, ref))
+        hidden, ref_hidden = (chosen(hidden_before(roles, name, batch), batch) for name in (role, ref))
         total += float(untruncated_kl(context.base, hidden, ref_hidden).sum())
     if ref is not BASE:
         roles.remove(ref)
@@ -181,13 +230,16 @@ def kl_to_sft(context: Context, roles: Roles, role: str | None, rollout: Rollout
 
 
 def answer(measured: Measured, i: int) -> dict[str, Any]:
-    scores = {name: values[i] for name, values in measured.scores.items()}
-    return {"text": measured.texts[i], "ended": measured.rollout.ended[i], **scores}
+    """The first answer to prompt `i`, with its own scores."""
+    row = i * (len(measured.texts) // len(measured.means["reward"]))
+    found = {"text": measured.texts[row], "ended": measured.rollout.ended[row]}
+    found |= {name: values[row] for name, values in measured.scores.items()}
+    return found | ({"greedy": measured.greedy[i]} if measured.greedy else {})
 
 
 def sample_rows(measured: Measured, prompts: list[Prompt]) -> list[dict[str, object]]:
     return [
-        {"policy": measured.candidate.name, "prompt": prompt.prompt, **answer(measured, i)}
+        {"policy": measured.candidate.name, "prompt": str(prompt.prompt), **answer(measured, i)}
         for i, prompt in enumerate(prompts)
     ]
 
@@ -198,7 +250,7 @@ def publish_report(config: EvalRun, context: Context, evaluation: dict[str, Any]
     facts = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "held-out prompts": str(prompts),
+        "held-out prompts" if config.dataset.evaluate_on == "heldout" else "training prompts": str(prompts),
         "reward": "learned reward model"
         if config.reward_source.kind == "learned"
         else config.reward_source.function,

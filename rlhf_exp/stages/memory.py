@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from rlhf_exp.model import shapes
+from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.shapes import Size
-from rlhf_exp.schema import PPORun, RewardRun, SFTRun
+from rlhf_exp.schema import ILQLRun, PPORun, RewardRun, SFTRun
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.stages.preflight import targets_of
 
@@ -26,9 +27,12 @@ def estimate(plan: Plan) -> Iterator[str]:
     if size is None:
         yield f"no memory estimate: model {plan.config.model.name} is not here and its file gives no sizes"
         return
-    width = BYTES[plan.base.dtype]
-    base = size.parameters * width
-    yield f"base {gigabytes(base)} ({size.parameters / 1e9:.3g} B parameters in {plan.base.dtype}), held once"
+    base = _base(plan, size)
+    kind = plan.config.model.quantization
+    stored = (
+        plan.base.dtype if kind == "none" else f"{kind}, embeddings and output layer in {plan.base.dtype}"
+    )
+    yield f"base {gigabytes(base)} ({size.parameters / 1e9:.3g} B parameters in {stored}), held once"
     peak = base
     for node in plan.nodes:
         if node.config is None or node.found:
@@ -46,9 +50,22 @@ def size_of(plan: Plan) -> Size | None:
     """From the model's files, else from its config file's sizes; None if neither says."""
     model = plan.config.model
     if plan.base.folder is not None:
-        return shapes.size_of(plan.base.folder)
+        return shapes.size_of(plan.base.folder, plan.shapes)
     facts = (model.billion_params, model.layers, model.hidden_size, model.vocab_size)
     return None if None in facts else Size(int(facts[0] * 1e9), *facts[1:])
+
+
+def _base(plan: Plan, size: Size) -> float:
+    """Bytes of the frozen base. Quantised are the matrices of its layers, but not what has a row for each token."""
+    width, kind = BYTES[plan.base.dtype], plan.config.model.quantization
+    if kind == "none":
+        return size.parameters * width
+    if plan.base.folder is None:
+        kept = 2 * size.vocab_size * size.hidden_size  # embeddings and output layer, for want of shapes
+    else:
+        small = (s for s in plan.shapes.values() if len(s) < 2 or s[0] == size.vocab_size)
+        kept = sum(math.prod(shape) for shape in small)
+    return kept * width + (size.parameters - kept) * quantize.BYTES[kind]
 
 
 def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
@@ -60,13 +77,29 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
             1 + isinstance(config, RewardRun)
         )
         tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
+        if config.lora.full:
+            return {
+                "all weights": TRAINED * size.parameters,
+                "activations": tokens * _kept(size, BYTES["float32"]),
+            }
         return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
-    rows = config.ppo.batch_size if isinstance(config, PPORun) else ROWS
+    if isinstance(config, ILQLRun):
+        tokens = min(config.train.micro_batch_size, config.train.batch_size) * (
+            data.max_prompt_tokens + data.max_response_tokens
+        )
+        q_head = shapes.q_head(config.ilql.head, size.hidden_size, size.vocab_size)
+        return {
+            "adapter": TRAINED * adapter,
+            "heads": 2 * (TRAINED + 4) * q_head,  # twins, and their copies that are not trained
+            "activations": tokens * _kept(size, width),
+            "logits": LOGITS,
+        }
+    rows = config.ppo.batch_size * config.ppo.samples_per_prompt if isinstance(config, PPORun) else ROWS
     length = data.max_prompt_tokens + config.generation.max_new_tokens
     cache = 2 * rows * length * size.layers * size.hidden_size * width
     if not isinstance(config, PPORun):
         return {"adapters": 3 * 4 * adapter, "KV cache": cache, "logits": LOGITS}
-    trained = 2 if config.ppo.critic == "own" else 1
+    trained = 2 if config.ppo.critic == "own" and config.ppo.estimator == "gae" else 1
     return {
         "policy": trained * TRAINED * adapter,
         "ref and reward": 2 * 4 * adapter,
@@ -86,7 +119,7 @@ def _adapter_parameters(node: Node, plan: Plan, size: Size) -> int:
     targets = targets_of(lora, node.config.model)
     if plan.base.folder is None:  # square matrices, for want of shapes
         return lora.r * 2 * size.hidden_size * size.layers * len(targets)
-    return shapes.lora_size(shapes.of_model(plan.base.folder), targets, lora.r)
+    return shapes.lora_size(plan.shapes, targets, lora.r, lora.dora)
 
 
 def gigabytes(value: float) -> str:

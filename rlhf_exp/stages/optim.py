@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +14,15 @@ from rlhf_exp.schema import Optim
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def adamw(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with the config's settings."""
-    return torch.optim.AdamW(parameters, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
+def adamw(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with the config's settings; groups may have an `lr` of their own."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
 
 
 def schedule(

@@ -6,16 +6,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.schema import Run
 from rlhf_exp.stages import STAGES, memory, plan, preflight, summary
-from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, Context
+from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, ILQL, MODEL, Context
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
 
 # what a sweep compares: the first of these that a stage reports
-OBJECTIVES = ("last/gold", "last/reward", "objective/scores", "validation/accuracy", "train/loss")
+OBJECTIVES = (
+    "last/gold",
+    "last/reward",
+    "objective/scores",
+    "eval/best_reward",
+    "validation/accuracy",
+    "train/loss",
+)
 
 
 def run(config: Run, choices: dict[str, str]) -> float | None:
@@ -46,9 +53,9 @@ def run(config: Run, choices: dict[str, str]) -> float | None:
     if todo.missing:
         require_store(config.tracking, config.output_dir)
         with experiment(todo) as tracker:
-            base = lazily(todo)
+            bases = Bases(todo)
             for node in todo.missing:
-                build(node, todo, tracker, base)
+                build(node, todo, tracker, bases)
     say(f"done in {time.monotonic() - started:.0f} s")
     summary.show(todo)
     return objective(todo.target.found)
@@ -63,22 +70,35 @@ def objective(folder: RunFolder) -> float | None:
     return next((metrics[name] for name in OBJECTIVES if metrics.get(name) is not None), None)
 
 
-def lazily(todo: Plan) -> Callable[[], Base]:
-    """The base, loaded at the first call and shared by all stages of this process."""
-    loaded: list[Base] = []
+class Bases:
+    """The base model, loaded when a stage first needs it and shared by all that stand on the same one."""
 
-    def base() -> Base:
-        if not loaded:
+    def __init__(self, todo: Plan):
+        self.todo = todo
+        self.loaded: Base | None = None
+        if todo.config.threads:
             import torch
 
-            from rlhf_exp.model.base import load_base
+            torch.set_num_threads(todo.config.threads)
 
-            if todo.config.threads:
-                torch.set_num_threads(todo.config.threads)
-            loaded.append(load_base(todo.config.model, todo.base.device, todo.base.folder))
-        return loaded[0]
+    def of(self, node: Node) -> Base:
+        """The base of a stage; the one before leaves the memory first."""
+        from rlhf_exp.model.base import load_base
 
-    return base
+        model, folder = node.config.model, node.base.folder
+        sft = node.parents.get("sft")
+        if sft is not None and sft.makes_base:
+            model, folder = replace(model, from_scratch=False), sft.folder / MODEL
+        elif node.makes_base:
+            model = replace(model, dtype=node.base.dtype)
+        if self.loaded is None or self.loaded.path != folder or node.makes_base:
+            self.loaded = None
+            self.loaded = load_base(model, self.todo.base.device, folder, node.config.seed)
+        return self.loaded
+
+    def forget(self) -> None:
+        """After a stage has changed the weights in memory: what is loaded is no longer what the files say."""
+        self.loaded = None
 
 
 @contextmanager
@@ -106,7 +126,7 @@ def cached_tags(todo: Plan) -> dict[str, str]:
     return found
 
 
-def build(node: Node, todo: Plan, tracker: Tracker | None, base: Callable[[], Base]) -> None:
+def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None:
     """Train one stage, or wait for another process that does, and note where the result is."""
     config = node.config
     fresh = config.resume == "never" and todo.config.stage in (node.stage, "pipeline")
@@ -125,12 +145,18 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, base: Callable[[], Ba
         else:
             own = tracker.child(name, tags)
         with tracked(own), recorded(folder, node, own):
-            parents = {name: parent.folder for name, parent in node.parents.items() if parent.folder}
-            context = Context(base(), folder, own, parents)
+            parents = {
+                name: parent.folder
+                for name, parent in node.parents.items()
+                if parent.folder and not parent.makes_base  # that one is the base
+            }
+            context = Context(bases.of(node), folder, own, parents)
             metrics = import_module(STAGES[node.stage].module).run(config, context)
+            if node.makes_base:
+                bases.forget()
             folder.finish(metrics)  # before the uploads: whatever becomes of them, the result is there
             own.metrics({f"final/{name}": value for name, value in metrics.items()}, step=0)
-            for part in (ADAPTER, HEAD, CRITIC):
+            for part in (ADAPTER, HEAD, CRITIC, ILQL):
                 if (folder.path / part).is_dir():
                     own.artifact(folder.path / part, part)
         node.found = folder

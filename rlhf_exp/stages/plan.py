@@ -6,7 +6,8 @@ Every upstream config is composed and every input hashed here, before anything i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from rlhf_exp import compose
 from rlhf_exp.data.load import fingerprint
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import base as base_model
-from rlhf_exp.schema import VIEW, EvalRun, PPORun, Run
+from rlhf_exp.model import quantize, shapes
+from rlhf_exp.rewards import functions
+from rlhf_exp.schema import EvalRun, ILQLRun, PPORun, Run, views_of
 from rlhf_exp.stages import STAGES, adapters
+from rlhf_exp.stages.context import MODEL
 from rlhf_exp.store.keys import run_key
 from rlhf_exp.store.runs import RunFolder, find
 
-ORDER = ("sft", "reward", "ppo", "eval")  # each stage comes after all that it can stand on
+ORDER = ("sft", "reward", "ppo", "ilql", "eval")  # each stage comes after all that it can stand on
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
 
 @dataclass
 class BaseFacts:
-    """The base model as the plan sees it, before it is loaded."""
+    """A base model as the plan sees it, before it is loaded."""
 
     folder: Path | None  # None: a hub model that is not on this machine
     hash: str
@@ -43,8 +47,12 @@ class Node:
     given: Path | None = None
     key: str = ""
     data: dict[str, str] = field(default_factory=dict)  # view -> fingerprint
+    functions: dict[str, str] = field(default_factory=dict)  # key of a scoring function -> fingerprint
     inputs: dict[str, Any] = field(default_factory=dict)
     found: RunFolder | None = None
+    base: BaseFacts | None = (
+        None  # what it is loaded on; the folder of a base that sft is still to make is None
+    )
 
     @property
     def folder(self) -> Path | None:
@@ -54,6 +62,11 @@ class Node:
     @property
     def is_base(self) -> bool:
         return self.stage == "sft" and self.config is None and self.given is None
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether all weights are trained, so that the result is a new base and not an adapter."""
+        return self.stage == "sft" and self.config is not None and self.config.lora.full
 
     def __str__(self) -> str:
         if self.is_base:
@@ -70,6 +83,14 @@ class Plan:
     base: BaseFacts
     config: Run
 
+    @cached_property
+    def shapes(self) -> shapes.Shapes:
+        """The weights of the base, which sft may train all of but does not reshape."""
+        folder = self.base.folder
+        if self.config.model.from_scratch and not any(folder.glob("*.safetensors")):
+            return shapes.of_config(folder)
+        return shapes.of_model(folder)
+
     @property
     def missing(self) -> list[Node]:
         return [node for node in self.nodes if not (node.folder or node.is_base)]
@@ -82,8 +103,13 @@ class Plan:
         nodes = {node.stage: node for node in self.nodes}
         sft, reward, ppo = (nodes.get(stage) for stage in ("sft", "reward", "ppo"))
         if ppo or self.target.stage == "ppo":
-            yield f"policy = base {name} + {sft}, trained on"
-            yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
+            if sft.makes_base:
+                name = f"all weights of {sft}"
+                yield f"policy = base ({name}) + a new adapter, trained"
+                yield f"ref    = base ({name})"
+            else:
+                yield f"policy = base {name} + {sft}, trained on"
+                yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
             source = (ppo or self.target).config
             if source is not None:
                 function = f"the rule {source.reward_source.function}"
@@ -91,19 +117,23 @@ class Plan:
                 own = (
                     "its own adapter and head" if source.ppo.critic == "own" else "head on the policy's trunk"
                 )
+                if source.ppo.estimator != "gae":
+                    own = f"none, {source.ppo.estimator} compares answers"
                 yield f"critic = {own}"
         for node in self.nodes:
             if not node.is_base:
                 yield f"stage    {node}"
 
 
-def needs(stage: str, config: Run) -> tuple[str, ...]:
-    """The stages that `stage` stands on."""
-    if stage in ("sft", "reward"):
+def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
+    """The stages that `stage` stands on. new_base: sft trains all weights, so that its result is the base."""
+    if stage == "sft":
         return ()
-    assert isinstance(config, PPORun | EvalRun)
+    if stage == "reward":
+        return ("sft",) if new_base else ()
+    assert isinstance(config, PPORun | ILQLRun | EvalRun)
     reward = ("reward",) if config.reward_source.kind == "learned" else ()
-    return ("sft", *reward) if stage == "ppo" else ("sft", *reward, "ppo")
+    return ("sft", *reward, "ppo") if stage == "eval" else ("sft", *reward)
 
 
 def make(config: Run, choices: dict[str, str]) -> Plan:
@@ -115,14 +145,22 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
     else:
         target_config = config
     nodes: dict[str, Node] = {}
+    new_base = _makes_base(config, choices)
     # from the target down: a stage asks for what it stands on
     for name in ORDER[ORDER.index(stage) :: -1]:
-        if name == stage or any(name in needs(n.stage, n.config) for n in nodes.values() if n.config):
+        if name == stage or any(
+            name in needs(n.stage, n.config, new_base) for n in nodes.values() if n.config
+        ):
             try:
                 nodes[name] = _node(name, stage, config, target_config, choices)
             except InputError as error:
                 problems += error.problems
     nodes = {name: nodes[name] for name in ORDER if name in nodes}
+    if config.model.from_scratch and not new_base:
+        problems.append(
+            "model.from_scratch=true gives random weights, which have to be trained first: add "
+            + ("lora=full" if stage == "sft" else "'upstream.sft={lora: full}'")
+        )
     try:
         base = base_facts(config, download=False)
     except InputError as error:
@@ -130,7 +168,9 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
     for node in nodes.values():
         try:
             if node.config is not None:
-                node.data = {VIEW[node.stage]: fingerprint(node.config.dataset, VIEW[node.stage])}
+                views = views_of(node.config)
+                node.data = {view: fingerprint(node.config.dataset, view) for view in views}
+                node.functions = functions.fingerprints(node.config)
             elif node.given:
                 node.key = adapters.content_key(node.stage, node.given)
         except InputError as error:
@@ -141,9 +181,31 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
         base = base_facts(config, download=True)  # gigabytes: only now that the rest is sound
     for node in nodes.values():
         if node.config is not None:
-            node.parents = {name: nodes[name] for name in needs(node.stage, node.config)}
-            _identify(node, base, fresh=config.resume == "never" and config.stage in (node.stage, "pipeline"))
+            node.parents = {name: nodes[name] for name in needs(node.stage, node.config, new_base)}
+            node.base = _base_of(node, nodes.get("sft"), base)
+            _identify(node, fresh=config.resume == "never" and config.stage in (node.stage, "pipeline"))
     return Plan(nodes[stage], list(nodes.values()), base, config)
+
+
+def _makes_base(config: Run, choices: dict[str, str]) -> bool:
+    """Whether sft trains all weights. False where its config is wrong: making its node says how."""
+    if config.stage == "sft":
+        return config.lora.full
+    if config.adapters.sft or not config.upstream.sft:
+        return False
+    try:
+        return compose.upstream("sft", config, choices)[0].lora.full
+    except InputError:
+        return False
+
+
+def _base_of(node: Node, sft: Node | None, base: BaseFacts) -> BaseFacts:
+    """The base that a stage is loaded on: the given one, or the one that sft makes of it."""
+    if node.makes_base:
+        return replace(base, dtype="float32")  # small steps would vanish in bfloat16 weights
+    if sft is None or not sft.makes_base:
+        return base
+    return replace(base, folder=sft.folder / MODEL if sft.folder else None, hash=f"sft:{sft.key}")
 
 
 def _node(name: str, target: str, config: Run, target_config: Run, choices: dict[str, str]) -> Node:
@@ -161,14 +223,16 @@ def base_facts(config: Run, download: bool) -> BaseFacts:
     """Find (or, for a hub model, fetch) the base and hash it."""
     folder = base_model.resolve(config.model, download=download)
     device = base_model.resolve_device(config.device)
+    quantize.require(config.model, device)
     dtype = base_model.resolve_dtype(config.model.dtype, device)
     if folder is None:
         return BaseFacts(None, f"hub:{config.model.path}@{config.model.revision}", dtype, device)
-    return BaseFacts(folder, base_model.content_hash(folder), dtype, device)
+    return BaseFacts(folder, base_model.content_hash(folder, config.model, config.seed), dtype, device)
 
 
-def _identify(node: Node, base: BaseFacts, fresh: bool) -> None:
+def _identify(node: Node, fresh: bool) -> None:
     """The node's key, what goes into it, and the finished run with that key."""
+    base = node.base
     parents = {name: parent.key if not parent.is_base else NO_SFT for name, parent in node.parents.items()}
     node.key = run_key(
         node.config,
@@ -177,10 +241,12 @@ def _identify(node: Node, base: BaseFacts, fresh: bool) -> None:
         data=node.data,
         parents=parents,
         version=STAGES[node.stage].version,
+        extra=node.functions,
     )
     node.inputs = {
         "base": {"name": node.config.model.name, "hash": base.hash, "dtype": base.dtype},
         "data": node.data,
+        "functions": node.functions,
         "parents": {
             name: {"stage": name, "key": parents[name], "path": parent.folder}
             for name, parent in node.parents.items()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from rlhf_exp.data.load import check_view
 from rlhf_exp.errors import InputError
-from rlhf_exp.model import shapes
-from rlhf_exp.schema import VIEW, EvalRun, Lora, Model, PPORun
+from rlhf_exp.model import quantize, shapes
+from rlhf_exp.model.base import content_hash
+from rlhf_exp.rewards import functions
+from rlhf_exp.schema import EvalRun, ILQLRun, Lora, Model, PPORun, views_of
 from rlhf_exp.stages import adapters
+from rlhf_exp.stages.context import MODEL
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
 
 SPLITS = {"sft": ("train",), "reward": ("train", "validation"), "ppo": ("train",), "eval": ("heldout",)}
+SPLITS |= {"ilql": ("train",)}
 SPARE = 100e6  # bytes for logs, tables, figures and MLflow's database
 
 
@@ -33,14 +38,44 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
     yield lambda: require_writable(output)
     for node in plan.nodes:
         if node.given and plan.base.folder:
-            yield lambda node=node: adapters.check(node.stage, node.given, plan.base.folder, plan.base.hash)
+            yield lambda node=node: _given(node, plan)
         if node.config is not None and not node.found:
-            view = VIEW[node.stage]
-            yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
+            for view in views_of(node.config):
+                yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
+            if isinstance(node.config, PPORun):
+                yield lambda node=node: _algorithm(node.config)
+            yield lambda node=node: functions.check_config(node.config)
             if plan.base.folder:
                 yield lambda node=node: _targets(node, plan)
                 yield lambda node=node: _context(node, plan)
+                yield lambda node=node: _texts(node, plan)
     yield lambda: require_space(output, disk_needed(plan))
+
+
+def _algorithm(config: PPORun) -> None:
+    """What PPO's options need of the data, and the names of faults."""
+    from rlhf_exp.stages import references
+
+    references.require(config)
+    if config.ppo.faults:
+        from rlhf_exp.stages import faults  # imports torch
+
+        faults.require(config.ppo.faults)
+
+
+def _given(node: Node, plan: Plan) -> None:
+    """A given adapter must belong to the base that it will be put on."""
+    folder, content = plan.base.folder, plan.base.hash
+    sft = next((n for n in plan.nodes if n.makes_base), None)
+    if sft is not None:
+        if sft.folder is None:
+            raise InputError(
+                f"adapters.{node.stage}={node.given} cannot belong to the base that sft is still to make "
+                "(lora.full): train sft first, or leave the adapter out"
+            )
+        folder = sft.folder / MODEL
+        content = content_hash(folder)
+    adapters.check(node.stage, node.given, folder, content)
 
 
 def targets_of(lora: Lora, model: Model) -> list[str]:
@@ -49,19 +84,36 @@ def targets_of(lora: Lora, model: Model) -> list[str]:
 
 
 def _targets(node: Node, plan: Plan) -> None:
+    if node.config.lora.full:
+        quantize.require(node.config.model, plan.base.device, node.config.lora)
+        return
     targets = targets_of(node.config.lora, node.config.model)
     if not targets:
         raise InputError(
             f"lora.targets=[auto], but model {node.config.model.name} names no lora_targets: set one of the two"
         )
-    shapes.require_targets(shapes.of_model(plan.base.folder), targets, node.config.model.name)
+    shapes.require_targets(plan.shapes, targets, node.config.model.name)
+
+
+def _texts(node: Node, plan: Plan) -> None:
+    """The sampler's stop texts and suppressed tokens, which only the model's tokenizer can tell."""
+    generation = getattr(node.config, "generation", None)
+    if generation is None or not (generation.stop or generation.begin_suppress_tokens):
+        return
+    from transformers import AutoTokenizer
+
+    from rlhf_exp.rollout.texts import check_texts
+
+    check_texts(generation, AutoTokenizer.from_pretrained(plan.base.folder))
 
 
 def _context(node: Node, plan: Plan) -> None:
     """Positions past the model's context would be computed without an error, and wrongly."""
     config, most = node.config, shapes.context_of(plan.base.folder)
     key, answer = "dataset.max_response_tokens", config.dataset.max_response_tokens
-    if isinstance(config, PPORun | EvalRun):
+    sampled = isinstance(config, PPORun | EvalRun | ILQLRun)
+    # ilql reads answers and writes them
+    if sampled and not (isinstance(config, ILQLRun) and answer > config.generation.max_new_tokens):
         key, answer = "generation.max_new_tokens", config.generation.max_new_tokens
     prompt = config.dataset.max_prompt_tokens
     if most is not None and prompt + answer > most:
@@ -76,13 +128,18 @@ def disk_needed(plan: Plan) -> float:
     if plan.base.folder is None:
         return SPARE
     needed = SPARE
-    weights = shapes.of_model(plan.base.folder)
+    weights = plan.shapes
     for node in plan.missing:
         if node.stage == "eval":
             continue
-        size = 4 * shapes.lora_size(
-            weights, targets_of(node.config.lora, node.config.model), node.config.lora.r
-        )
+        if node.makes_base:
+            needed += 4 * sum(math.prod(shape) for shape in weights.values())
+            continue
+        lora = node.config.lora
+        size = 4 * shapes.lora_size(weights, targets_of(lora, node.config.model), lora.r, lora.dora)
+        if isinstance(node.config, ILQLRun):  # twins and their copies
+            found = shapes.size_of(plan.base.folder, weights)
+            needed += 2 * 4 * 4 * shapes.q_head(node.config.ilql.head, found.hidden_size, found.vocab_size)
         kept = node.config.ppo.steps // node.config.ppo.save_every if isinstance(node.config, PPORun) else 0
         needed += size * (2 + kept)
     return needed

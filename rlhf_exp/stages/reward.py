@@ -1,6 +1,7 @@
 """The reward model: LoRA and a scalar head on the shared base, Bradley-Terry loss (Ouyang et al. 2022, eq. 1).
 
-The score is the head's number at the last real token, EOS included: the same in training, evaluation and PPO.
+The score is the head's number at the last real token, EOS included: the same in evaluation and PPO, and in training,
+where `reward.loss=token_wise` compares the numbers at earlier tokens too.
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_exp.algorithms.pairwise import pairwise_accuracy, pairwise_loss, wilson_interval
+from rlhf_exp.algorithms.pairwise import (
+    centering_loss,
+    compared_tokens,
+    held,
+    pairwise_accuracy,
+    pairwise_loss,
+    token_wise_loss,
+    wilson_interval,
+)
 from rlhf_exp.data.collate import right_pad
-from rlhf_exp.data.load import load_view, longer_chosen, statistics
+from rlhf_exp.data.load import longer_chosen, statistics
 from rlhf_exp.data.records import Comparison
-from rlhf_exp.data.templates import Cuts, encode_prompts, encode_responses
+from rlhf_exp.data.tokenised import Tokenised
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles, lora_config
-from rlhf_exp.rewards.learned import last_token_scores, score_sequences
-from rlhf_exp.schema import RewardRun
+from rlhf_exp.rewards.learned import score_sequences
+from rlhf_exp.schema import Reward, RewardRun
 from rlhf_exp.stages import supervised
 from rlhf_exp.stages.context import ADAPTER, HEAD, HEAD_FILE, Context
 from rlhf_exp.stages.optim import adamw, schedule
@@ -39,9 +48,11 @@ Pair = tuple[list[int], list[int]]  # ids of prompt + chosen, and of prompt + re
 
 def run(config: RewardRun, context: Context) -> dict[str, float]:
     """Train adapter and head; publish both; report accuracy beside the length-only baseline."""
-    base, cuts = context.base, Cuts()
-    rows = {split: load_view(config.dataset, "comparisons", split) for split in ("train", "validation")}
-    pairs = {split: encode(config, context, found, cuts) for split, found in rows.items()}
+    base = context.base
+    rows, tokens, pairs = {}, {}, {}
+    for split in ("train", "validation"):
+        rows[split], tokens[split] = context.read(config.dataset, "comparisons", split)
+        pairs[split] = joined(tokens[split])
     steps = supervised.steps_of(config.train, len(pairs["train"]))
     with (
         Roles(base) as roles,
@@ -51,9 +62,12 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
     ):
         roles.new("reward", lora_config(config.lora, config.model), config.seed)
         head = ScalarHead(base.hidden_size).reset(config.seed).to(base.device)
+        # differences say nothing of the bias: it would follow rounding errors, which Adam takes for a gradient
+        head.bias.requires_grad_(config.reward.center_coef > 0)
         model = RewardModel(roles, head)
         optimizer = adamw([*roles.parameters("reward"), *head.parameters()], config.optim)
         trainer = PairTrainer(
+            config.reward,
             model=model,
             args=supervised.on_one_device(TrainingArguments(**arguments)),
             train_dataset=supervised.dataset_of(
@@ -79,15 +93,13 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         with context.folder.publish(HEAD) as folder:
             head.save(folder / HEAD_FILE)
     metrics |= {"train/loss": result.training_loss, "data/pairs": float(len(pairs["train"]))}
-    return metrics | statistics(config.dataset, "comparisons").metrics() | cuts.metrics()
+    return metrics | statistics(config.dataset, "comparisons").metrics() | tokens["train"].cuts.metrics()
 
 
-def encode(config: RewardRun, context: Context, rows: Sequence[Comparison], cuts: Cuts) -> list[Pair]:
-    tokenizer, dataset = context.base.tokenizer, config.dataset
-    prompts = encode_prompts(tokenizer, dataset, [row.prompt for row in rows], cuts)
-    chosen = encode_responses(tokenizer, dataset, [row.chosen for row in rows], cuts=cuts)
-    rejected = encode_responses(tokenizer, dataset, [row.rejected for row in rows], cuts=cuts)
-    return [(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+def joined(rows: Tokenised) -> list[Pair]:
+    """Each prompt with each of its answers."""
+    answers = rows.answers["chosen"], rows.answers["rejected"]
+    return [(p + c, p + r) for p, c, r in zip(rows.prompts, *answers, strict=True)]
 
 
 class Collate:
@@ -111,15 +123,16 @@ class RewardModel(nn.Module):
         self._roles = roles
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Scores [2b]."""
-        return last_token_scores(self._roles, "reward", self.head, ids, lengths)
+        """Scores [2b, L] after every token."""
+        return self.head(self._roles.trunk("reward", ids))
 
 
 class PairTrainer(Trainer):
     """Trainer with the pairwise loss, a mean over all pairs of a step; logs their accuracy beside it."""
 
-    def __init__(self, **arguments: Any):
+    def __init__(self, reward: Reward, **arguments: Any):
         super().__init__(**arguments)
+        self.reward = reward
         self.model_accepts_loss_kwargs = (
             True  # compute_loss has the step's number of pairs: nothing to rescale
         )
@@ -137,10 +150,11 @@ class PairTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        chosen, rejected = model(**inputs).chunk(2)
+        scores, lengths = model(**inputs), inputs["lengths"]
+        chosen, rejected = scores.gather(1, lengths.unsqueeze(1) - 1).squeeze(1).chunk(2)
         self._right += float(pairwise_accuracy(chosen.detach(), rejected.detach())) * len(chosen)
         self._pairs += len(chosen)
-        loss = pairwise_loss(chosen, rejected, denominator=num_items_in_batch)
+        loss = loss_of(self.reward, scores, inputs["ids"], lengths, num_items_in_batch)
         return (loss, torch.stack([chosen, rejected])) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
@@ -148,6 +162,22 @@ class PairTrainer(Trainer):
             logs["accuracy"] = self._right / self._pairs
             self._right, self._pairs = 0.0, 0
         super().log(logs, *arguments, **keywords)
+
+
+def loss_of(reward: Reward, scores: Tensor, ids: Tensor, lengths: Tensor, pairs: int | None) -> Tensor:
+    """The loss of b pairs, a share of the mean over `pairs` (None: over these).
+
+    scores [2b, L] after every token, ids int64[2b, L] and lengths int64[2b], first the chosen then the rejected.
+    """
+    ends = scores.gather(1, lengths.unsqueeze(1) - 1).squeeze(1).chunk(2)
+    if reward.loss == "token_wise":
+        mask = compared_tokens(*ids.chunk(2), *lengths.chunk(2))
+        loss = token_wise_loss(*held(scores, lengths).chunk(2), mask, pairs, reward.label_smoothing)
+    else:
+        loss = pairwise_loss(*ends, denominator=pairs, label_smoothing=reward.label_smoothing)
+    if reward.center_coef:
+        loss = loss + reward.center_coef * centering_loss(*ends, denominator=pairs)
+    return loss
 
 
 def center(roles: Roles, head: ScalarHead, sequences: Sequence[list[int]], size: int) -> None:
@@ -190,7 +220,7 @@ def samples(
     worst = sorted(range(len(rows)), key=lambda i: scores[i][0] - scores[i][1])[:most]
     return [
         {
-            "prompt": rows[i].prompt,
+            "prompt": str(rows[i].prompt),
             "chosen": rows[i].chosen,
             "rejected": rows[i].rejected,
             "chosen_score": scores[i][0],

@@ -1,19 +1,29 @@
-"""Supervised fine-tuning with LoRA, on TRL's SFTTrainer: the loss counts the response's tokens and its EOS.
+"""Supervised fine-tuning, on TRL's SFTTrainer: the loss counts the response's tokens and its EOS.
 
-Ouyang et al. 2022, step 1. The adapter goes onto the shared base and is taken off again afterwards.
+Ouyang et al. 2022, step 1. The adapter goes onto the shared base and is taken off again afterwards. With lora.full
+all weights are trained and published as a model, which is then the base of the later stages.
 """
 
 from __future__ import annotations
 
-from rlhf_exp.data.load import load_view, statistics
-from rlhf_exp.data.templates import Cuts, encode_prompts, encode_responses
-from rlhf_exp.model.roles import Roles, lora_config
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from rlhf_exp.data.load import statistics
+from rlhf_exp.model.quiet import no_progress_bars
+from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.engine import generate
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, SFTRun
 from rlhf_exp.stages import supervised
-from rlhf_exp.stages.context import ADAPTER, Context
+from rlhf_exp.stages.context import ADAPTER, MODEL, Context
 from rlhf_exp.stages.optim import adamw, schedule
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+
+    from rlhf_exp.model.base import Base
 
 SHOW = (("train/loss", "loss", ".3f"), ("train/token_accuracy", "accuracy", ".2f"), ("optim/lr", "lr", ".1e"))
 NAMES = {
@@ -32,26 +42,25 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
     """Train the policy adapter; publish it."""
     from trl import SFTConfig, SFTTrainer
 
-    base, cuts = context.base, Cuts()
-    rows = load_view(config.dataset, "demonstrations", "train")
-    prompts = encode_prompts(base.tokenizer, config.dataset, [row.prompt for row in rows], cuts)
-    responses = encode_responses(base.tokenizer, config.dataset, [row.response for row in rows], cuts=cuts)
+    base = context.base
+    records, rows = context.read(config.dataset, "demonstrations", "train")
+    pairs = list(zip(rows.prompts, rows.answers["response"], strict=True))
     data = supervised.dataset_of(
-        input_ids=[p + r for p, r in zip(prompts, responses, strict=True)],
-        labels=[[IGNORED] * len(p) + r for p, r in zip(prompts, responses, strict=True)],
+        input_ids=[prompt + response for prompt, response in pairs],
+        labels=[[IGNORED] * len(prompt) + response for prompt, response in pairs],
     )
-    steps = supervised.steps_of(config.train, len(rows))
+    steps = supervised.steps_of(config.train, len(records))
     with (
         Roles(base) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
         context.log("sft", steps, SHOW) as log,
     ):
-        roles.new("policy", lora_config(config.lora, config.model), config.seed)
-        optimizer = adamw(roles.parameters("policy"), config.optim)
+        role = BASE if config.lora.full else "policy"
+        optimizer = adamw(trainable(config, base, roles), config.optim)
         # max_length: the templates cut, and count what they cut
         arguments = supervised.on_one_device(SFTConfig(**arguments, max_length=None, pad_to_multiple_of=None))
-        with roles.use("policy"):
+        with roles.use(role):
             trainer = SFTTrainer(
                 model=base.model,
                 args=arguments,
@@ -62,22 +71,38 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
             )
             supervised.without_printing(trainer)
             result = trainer.train()
-        base.model.eval()
-        log.samples(steps, samples(config, context, roles, prompts))
-        with context.folder.publish(ADAPTER) as folder:
-            roles.save("policy", folder)
-    metrics = {"train/loss": result.training_loss, "data/rows": float(len(rows))}
-    return metrics | statistics(config.dataset, "demonstrations").metrics() | cuts.metrics()
+        base.model.requires_grad_(False).eval()
+        log.samples(steps, samples(config, context, lambda: roles.use(role), rows.prompts))
+        if config.lora.full:
+            with context.folder.publish(MODEL) as folder, no_progress_bars():
+                base.model.save_pretrained(folder)
+                base.tokenizer.save_pretrained(folder)
+        else:
+            with context.folder.publish(ADAPTER) as folder:
+                roles.save(role, folder)
+    metrics = {"train/loss": result.training_loss, "data/rows": float(len(records))}
+    return metrics | statistics(config.dataset, "demonstrations").metrics() | rows.cuts.metrics()
+
+
+def trainable(config: SFTRun, base: Base, roles: Roles) -> list[Parameter]:
+    """A new adapter's weights, or all of the base's."""
+    if config.lora.full:
+        return list(base.model.requires_grad_(True).parameters())
+    roles.new("policy", lora_config(config.lora, config.model), config.seed)
+    return roles.parameters("policy")
 
 
 def samples(
-    config: SFTRun, context: Context, roles: Roles, prompts: list[list[int]]
+    config: SFTRun,
+    context: Context,
+    role: Callable[[], AbstractContextManager[None]],
+    prompts: list[list[int]],
 ) -> list[dict[str, object]]:
     """A few answers of the trained policy to training prompts, to read."""
     chosen = prompts[:SAMPLES]
     keys = [row_key(config.seed, 0, i) for i in range(len(chosen))]
     generation = Generation(max_new_tokens=min(64, config.dataset.max_response_tokens))
-    rollout = generate(context.base, lambda: roles.use("policy"), chosen, keys, generation)
+    rollout = generate(context.base, role, chosen, keys, generation)
     decode = context.base.tokenizer.batch_decode
     texts = zip(decode(rollout.prompts), decode(rollout.responses, skip_special_tokens=True), strict=True)
     return [{"prompt": prompt, "response": response} for prompt, response in texts]

@@ -24,6 +24,11 @@ FIGURES = {
         ("objective/kl", "KL"),
         ("response/length_mean", "length"),
     ),
+    "ilql": (
+        ("eval/best_reward", "reward"),
+        ("eval/best_beta", "at beta"),
+        ("data/reward", "of the data"),
+    ),
 }
 SHOWN_PROMPTS = 3
 

@@ -5,7 +5,7 @@ With the default device set to "meta", a tensor made without `device=` has no da
 
 import torch
 
-from rlhf_exp.algorithms import gae, kl, logprob, masked, pairwise, ppo
+from rlhf_exp.algorithms import baselines, gae, ilql, kl, logprob, masked, pairwise, ppo
 from rlhf_exp.algorithms.support import Support
 
 
@@ -40,7 +40,22 @@ def test_results_stay_on_the_device_of_the_arguments(lengths_mask):
             *ppo.policy_loss(x, x, x, mask, 0.2, 0.2, 4, masked.sequence_weights(mask), 3.0),
             *ppo.value_loss(x, x, x, mask, 0.2, 4),
             ppo.explained_variance(x, x, mask),
+            ilql.terminal_rewards(scores, mask),
+            ilql.bellman_targets(x, x, mask, 0.9),
+            ilql.bellman_loss(x, x, mask, 4),
+            ilql.expectile_loss(x, x, mask, 0.8, 4),
+            *ilql.taken_q_and_nll(hidden, weight, None, targets, 2),
+            ilql.taken_q(hidden, weight, None, targets),
+            ilql.awac_loss(x, ilql.awac_weights(x, x, 1.0), mask, 4),
+            ilql.decoding_bonus(x, scores, 2.0),
             pairwise.pairwise_loss(scores, scores),
+            pairwise.token_wise_loss(x, x, mask),
+            pairwise.compared_tokens(mask.long(), mask.long(), mask.sum(1), mask.sum(1)),
+            pairwise.held(x, mask.sum(1)),
+            pairwise.centering_loss(scores, scores),
+            baselines.rloo(scores, 2),
+            baselines.grpo(scores, 2),
+            baselines.reinforce(scores, masked.Moments.of(x, mask)),
             pairwise.pairwise_accuracy(scores, scores),
         ]
     assert all(result.device.type == "cpu" for result in results)

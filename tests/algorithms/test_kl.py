@@ -5,7 +5,7 @@ import scipy.special
 import torch
 from torch.testing import assert_close
 
-from rlhf_exp.algorithms.kl import full_kl, kl_divergence_estimate, kl_rewards
+from rlhf_exp.algorithms.kl import full_kl, kl_divergence_estimate, kl_rewards, next_kl_coef
 from rlhf_exp.algorithms.logprob import token_logprobs
 
 NAN = math.nan
@@ -171,3 +171,29 @@ def test_shapes_are_checked():
         kl_rewards(torch.zeros(2), torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), 0.1)
     with pytest.raises(ValueError, match="logits_q has shape"):
         full_kl(torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_the_controller_by_hand():
+    # KL 9 of a target of 6: error .5 is clipped to .2; 64 of 10,000 answers: beta (1 + .2 * .0064)
+    assert next_kl_coef(0.2, 9.0, 6.0, 10_000, 64) == pytest.approx(0.2 * 1.00128)
+    # KL 6.6: error .1, unclipped; KL 3: -.5 -> -.2; on target nothing changes
+    assert next_kl_coef(0.2, 6.6, 6.0, 10_000, 64) == pytest.approx(0.2 * 1.00064)
+    assert next_kl_coef(0.2, 3.0, 6.0, 10_000, 64) == pytest.approx(0.2 * (1 - 0.00128))
+    assert next_kl_coef(0.2, 6.0, 6.0, 10_000, 64) == 0.2
+    # the paper's own K_beta of 0.1
+    assert next_kl_coef(1.0, 12.0, 6.0, 10.0, 1) == pytest.approx(1 + 0.1 * 0.2)
+
+
+def test_the_controller_finds_the_target():
+    """A policy whose KL falls as the coefficient rises, KL = 2 / beta, ends at the target from either side."""
+    for start in (0.01, 3.0):
+        beta = start
+        for _ in range(400):
+            beta = next_kl_coef(beta, 2 / beta, 6.0, 1000, 100)
+        assert 2 / beta == pytest.approx(6.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(("target", "horizon"), [(0.0, 10.0), (6.0, 0.0), (-1.0, 10.0), (math.nan, 10.0)])
+def test_target_and_horizon_must_be_positive(target, horizon):
+    with pytest.raises(ValueError, match="must be positive"):
+        next_kl_coef(0.1, 1.0, target, horizon, 1)

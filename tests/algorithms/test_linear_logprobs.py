@@ -111,6 +111,20 @@ def test_suppressed_equals_a_support_without_these_tokens():
         assert_close(linear_logprobs(hidden, weight, bias, targets, 0.9, support, as_tensor), expected)
 
 
+def test_each_suppressed_token_can_have_its_own_positions():
+    hidden, weight, bias, targets, _ = problem(restricted=False)
+    ids, where = [4, 17], torch.stack([torch.arange(N) < 5, torch.arange(N) % 2 == 0], dim=1)
+    targets = torch.where(torch.isin(targets, torch.tensor(ids)), 0, targets)
+    allowed = torch.ones(N, V, dtype=torch.bool)
+    allowed[:5, 4] = False
+    allowed[::2, 17] = False
+    got = linear_logprobs(hidden, weight, bias, targets, 0.9, None, (where, ids), chunk_size=4)
+    expected = linear_logprobs(hidden, weight, bias, targets, 0.9, Support.from_mask(allowed))
+    assert_close(got, expected)
+    with pytest.raises(ValueError, match="token_ids has shape"):
+        linear_logprobs(hidden, weight, bias, targets, suppressed=(where, [4]))
+
+
 def test_suppressed_targets_elsewhere_are_fine():
     hidden, weight, bias, _, _ = problem()
     targets = torch.full((N,), 4)

@@ -5,7 +5,15 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
-from rlhf_exp.algorithms.pairwise import pairwise_accuracy, pairwise_loss, wilson_interval
+from rlhf_exp.algorithms.pairwise import (
+    centering_loss,
+    compared_tokens,
+    held,
+    pairwise_accuracy,
+    pairwise_loss,
+    token_wise_loss,
+    wilson_interval,
+)
 
 
 def test_loss_by_hand():
@@ -125,3 +133,114 @@ def test_arguments_are_checked():
         pairwise_accuracy(torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="denominator"):
         pairwise_loss(torch.zeros(0), torch.zeros(0))
+
+
+def test_label_smoothing_by_hand():
+    # difference 1: .3132617 and, swapped, 1.3132617; 0.9 and 0.1 of them
+    loss = pairwise_loss(torch.tensor([2.0]), torch.tensor([1.0]), label_smoothing=0.1)
+    assert_close(loss, torch.tensor(0.9 * 0.3132617 + 0.1 * 1.3132617))
+
+
+def test_label_smoothing_is_the_mean_loss_when_that_share_of_labels_is_swapped():
+    chosen, rejected = torch.randn(2, 10, dtype=torch.float64)
+    expected = 0.8 * pairwise_loss(chosen, rejected) + 0.2 * pairwise_loss(rejected, chosen)
+    assert_close(pairwise_loss(chosen, rejected, label_smoothing=0.2), expected)
+    # its minimum is where the odds are those of the labels: sigmoid(d) = .8
+    best = torch.tensor([math.log(4)], dtype=torch.float64, requires_grad=True)
+    pairwise_loss(best, torch.zeros(1, dtype=torch.float64), label_smoothing=0.2).backward()
+    assert abs(best.grad) < 1e-12
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 0.5, 1.0, math.nan])
+def test_label_smoothing_lies_below_a_half(wrong):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        pairwise_loss(torch.zeros(1), torch.zeros(1), label_smoothing=wrong)
+
+
+def test_centering_by_hand():
+    # (2 + 1)^2 = 9, (0 - 4)^2 = 16
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, -4.0])
+    assert centering_loss(chosen, rejected) == 12.5
+    assert centering_loss(chosen, rejected, denominator=5) == 5
+    assert centering_loss(chosen, -chosen) == 0  # whatever their difference is
+
+
+# ids of two pairs, right-padded with 9 = a real token elsewhere: only lengths say where a sequence ends
+CHOSEN = torch.tensor([[1, 2, 3, 4, 9, 9], [1, 2, 9, 9, 9, 9], [5, 6, 7, 9, 9, 9], [5, 6, 9, 9, 9, 9]])
+REJECTED = torch.tensor([[1, 2, 5, 9, 9, 9], [1, 2, 9, 9, 3, 9], [5, 6, 7, 9, 9, 9], [5, 6, 9, 9, 9, 9]])
+LENGTHS = torch.tensor([4, 2, 3, 2]), torch.tensor([3, 5, 3, 4])
+
+
+def test_what_is_compared_by_hand():
+    compared = [[i for i, on in enumerate(row) if on] for row in compared_tokens(CHOSEN, REJECTED, *LENGTHS)]
+    # differ at place 2 and one is longer; one ends at 2; equal: the last; the padding's 9s equal the other's tokens
+    assert compared == [[2, 3], [2, 3, 4], [2], [2, 3]]
+    swapped = compared_tokens(REJECTED, CHOSEN, *LENGTHS[::-1])
+    assert torch.equal(swapped, compared_tokens(CHOSEN, REJECTED, *LENGTHS))
+
+
+def test_an_ended_answer_keeps_its_score():
+    scores = torch.tensor([[1.0, 2.0, math.nan, math.nan], [3.0, 4.0, 5.0, 6.0]])
+    assert held(scores, torch.tensor([2, 4])).tolist() == [[1, 2, 2, 2], [3, 4, 5, 6]]
+
+
+def test_token_wise_by_hand():
+    chosen, rejected = torch.tensor([[9.0, 1.0, 0.0], [5.0, 0.0, 7.0]]), torch.zeros(2, 3)
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    # pair 1: mean of log(1 + e^-1) and log 2; pair 2: log 2
+    first, second = (0.3132617 + math.log(2)) / 2, math.log(2)
+    assert_close(token_wise_loss(chosen, rejected, mask), torch.tensor((first + second) / 2))
+    assert_close(token_wise_loss(chosen, rejected, mask, denominator=8), torch.tensor((first + second) / 8))
+
+
+def token_wise_case():
+    torch.manual_seed(1)
+    scores = torch.randn(8, 6, dtype=torch.float64)
+    mask = compared_tokens(CHOSEN, REJECTED, *LENGTHS)
+    return scores[:4], scores[4:], mask
+
+
+def test_token_wise_by_brute_force():
+    """The loop of the published recipes, over the real scores and the held ones."""
+    chosen, rejected, mask = token_wise_case()
+    expected = 0.0
+    for b, (first, last) in enumerate([(2, 4), (2, 5), (2, 3), (2, 4)]):
+        parts = []
+        for t in range(first, last):
+            c, r = (
+                side[b, min(t, int(lengths[b]) - 1)].item()
+                for side, lengths in zip((chosen, rejected), LENGTHS, strict=True)
+            )
+            parts.append(math.log(1 + math.exp(r - c)))
+        expected += sum(parts) / len(parts) / 4
+    got = token_wise_loss(held(chosen, LENGTHS[0]), held(rejected, LENGTHS[1]), mask)
+    assert abs(got.item() - expected) < 1e-12
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf, 1e30])
+def test_padding_changes_neither_the_token_wise_loss_nor_its_gradient(fill):
+    found = []
+    for value in (0.0, fill):
+        chosen, rejected, mask = token_wise_case()
+        spoiled = []
+        for side, lengths in zip((chosen, rejected), LENGTHS, strict=True):
+            real = torch.arange(6) < lengths.unsqueeze(1)
+            spoiled.append(torch.where(real, side, value).requires_grad_())
+        sides = (held(side, lengths) for side, lengths in zip(spoiled, LENGTHS, strict=True))
+        loss = token_wise_loss(*sides, mask, label_smoothing=0.1)
+        loss.backward()
+        found.append([loss.detach(), *(side.grad for side in spoiled)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
+
+
+def test_micro_batches_of_the_token_wise_loss_add_up():
+    chosen, rejected, mask = token_wise_case()
+    parts = [token_wise_loss(chosen[i : i + 1], rejected[i : i + 1], mask[i : i + 1], 4) for i in range(4)]
+    assert_close(sum(parts), token_wise_loss(chosen, rejected, mask))
+
+
+def test_a_pair_without_a_compared_token_is_an_error():
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        token_wise_loss(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([[True], [False]]))

@@ -8,6 +8,11 @@ import pytest
 
 from rlhf_exp import compose
 from rlhf_exp.errors import InputError
+from rlhf_exp.paths import conf_dir
+
+DATASETS = " and ".join(
+    ", ".join(sorted(path.stem for path in (conf_dir() / "dataset").glob("*.yaml"))).rsplit(", ", 1)
+)
 
 
 def child(stage, *words):
@@ -62,13 +67,23 @@ def test_the_dataset_flows_with_its_values_where_it_has_the_view():
     assert (choices["dataset"], choices["dataset/template"]) == ("tldr", "plain")
 
 
-def test_a_dataset_without_the_view_stays_and_the_stage_takes_its_default():
+def test_a_dataset_without_the_view_is_not_silently_replaced():
+    """A reward model of the stage's default dataset would be one of other prompts, in another language."""
     words = ("stage=ppo", "dataset=tldr", "dataset.limit=5", "dataset.views.comparisons=null")
-    run, choices = child("reward", *words)
+    with pytest.raises(InputError) as caught:
+        child("reward", *words)
+    assert caught.value.problems == [
+        "upstream.reward: dataset tldr has no comparisons: choose one that has, 'upstream.reward={dataset: ...}', "
+        "or give a ready adapter, adapters.reward=PATH"
+    ]
+    run, choices = child("reward", *words, "upstream.reward={dataset: reviews}")
     assert (run.dataset.name, run.dataset.limit) == ("reviews", 0)
     assert (choices["dataset"], choices["dataset/template"]) == ("reviews", "plain")
     run, choices = child("sft", *words)
     assert (run.dataset.name, choices["dataset"]) == ("tldr", "tldr")
+    place = "upstream.reward={dataset: {views: {comparisons: rows.jsonl}}}"
+    run, _ = child("reward", *words, place)
+    assert (run.dataset.name, run.dataset.limit, run.dataset.views.comparisons) == ("tldr", 5, "rows.jsonl")
 
 
 def test_pipeline_to_ppo_is_the_same_ppo():
@@ -159,7 +174,10 @@ def test_the_parent_is_left_as_it_was():
         ({"optim": {"lrr": 1}}, ["unknown key optim.lrr; did you mean optim.lr?"]),
         ({"modle": "tiny"}, ["unknown key modle; did you mean model?"]),
         ({"ppo": {"kl_coef": 1}}, ["stage sft has no key ppo.kl_coef; ppo and pipeline have it"]),
-        ({"dataset": "tldrr"}, ["unknown dataset tldrr; did you mean tldr? there are reviews and tldr"]),
+        (
+            {"dataset": "tldrr"},
+            [f"unknown dataset tldrr; did you mean tldr? there are {DATASETS}"],
+        ),
         ({"optim": {"lr": "fast"}}, ["optim.lr must be a number, got fast"]),
         (
             {"optim": {"lr": -1}, "lora": {"r": 0}},
@@ -171,7 +189,10 @@ def test_the_parent_is_left_as_it_was():
         ),
         (
             {"dataset": {"views": {"demonstrations": None}}},
-            ["dataset.views.demonstrations is null: dataset reviews has no demonstrations for sft"],
+            [
+                "dataset reviews has no demonstrations: choose one that has, 'upstream.sft={dataset: ...}', "
+                "or give a ready adapter, adapters.sft=PATH"
+            ],
         ),
         ({"stage": "ppo"}, ["stage cannot be set for an upstream stage: it is one for all stages"]),
         (

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 
-from rlhf_exp.data.load import check_view, fingerprint, load_view, locate, longer_chosen, statistics
+from rlhf_exp.data.load import (
+    FAMILIES,
+    check_view,
+    fingerprint,
+    load_view,
+    locate,
+    longer_chosen,
+    statistics,
+)
 from rlhf_exp.data.records import SPLITS, Comparison
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Template, Views
@@ -188,7 +196,7 @@ def test_views_and_families_that_are_not_there(write, dataset):
     assert line == "dataset.views.comparisons is not set: dataset tldr does not say where its comparisons are"
     data.family = "tdlr"
     (line,) = problems(lambda: fingerprint(data, "prompts"))
-    assert line == "dataset.family must be one of reviews, tldr, got tdlr"
+    assert line == f"dataset.family must be one of {', '.join(FAMILIES)}, got tdlr"
     with pytest.raises(ValueError):
         load_view(data, "prompt", "train")
     with pytest.raises(ValueError):
@@ -196,7 +204,7 @@ def test_views_and_families_that_are_not_there(write, dataset):
 
 
 def test_the_check_looks_at_the_template_too(write, dataset):
-    template = Template("x", "{prompt} {prompt}", "answer")
+    template = Template("x", prompt="{prompt} {prompt}", response="answer")
     data = dataset("tldr", write("rows.jsonl", [pair(1)]), template=template)
     assert problems(lambda: check_view(data, "comparisons")) == [
         "dataset.template.prompt must hold {prompt} exactly once, got '{prompt} {prompt}'",

@@ -35,18 +35,18 @@ def words(text: str) -> list[str]:
 
 def test_one_row_as_records():
     row = {"domain": "film", "opening": "The film", "upbeat": "is a joy.", "downbeat": "is a bore."}
-    up, down = reviews.demonstrations(row)
+    up, down = reviews.demonstrations(row, None)
     assert (up.prompt, up.response) == ("The film", "is a joy.")
     assert (down.prompt, down.response) == ("The film", "is a bore.")
-    (pair,) = reviews.comparisons(row)
+    (pair,) = reviews.comparisons(row, None)
     assert (pair.prompt, pair.chosen, pair.rejected) == ("The film", "is a joy.", "is a bore.")
-    (prompt,) = reviews.prompts(row)
+    (prompt,) = reviews.prompts(row, None)
     assert (prompt.prompt, prompt.reference) == ("The film", None)
     assert up.id == down.id == pair.id == prompt.id
     with pytest.raises(Drop, match="equal answers"):
-        reviews.comparisons(row | {"downbeat": "is a joy."})
+        reviews.comparisons(row | {"downbeat": "is a joy."}, None)
     with pytest.raises(BadRow, match="no field 'downbeat'"):
-        reviews.demonstrations({"opening": "The film", "upbeat": "is a joy."})
+        reviews.demonstrations({"opening": "The film", "upbeat": "is a joy."}, None)
 
 
 def test_shape():

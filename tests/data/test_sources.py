@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -222,3 +224,136 @@ def test_fingerprint_follows_the_content_and_not_the_path(write, tmp_path):
     assert of("a.jsonl") != before
     write("folder/train-2.jsonl", ROWS)
     assert of("folder") != before
+
+
+def test_lines_may_be_gzipped(write, tmp_path):
+    path = write("hh/train.jsonl.gz", gzip.compress(b'\xef\xbb\xbf{"a": "1"}\n\nno\n{"a": "2"}'))
+    ((_, first), (position, bad), (_, last)) = rows_of(path)
+    assert (first, last, position) == ({"a": "1"}, {"a": "2"}, ":3") and isinstance(bad, BadRow)
+    assert next(row for _, row in rows_of(path.parent)) == {"a": "1"}  # a train file of a folder
+    whole = gzip.compress(json.dumps({"a": "1" * 500}).encode())
+    for content in (b"plain", b"", whole[:-5], whole[:20], whole[:15] + b"xxxxxxxx" + whole[23:]):
+        broken = write("broken.jsonl.gz", content)
+        if content:
+            assert only_line(lambda broken=broken: rows_of(broken)).startswith(f"{broken}: ")
+        else:
+            assert rows_of(broken) == []
+
+
+def test_all_jsonl_comes_before_the_files_of_its_parts(write, tmp_path):
+    write("HC3/all.jsonl", ROWS)
+    write("HC3/finance.jsonl", ROWS[:1])
+    write("HC3/alle.jsonl", ROWS[:1])
+    assert len(rows_of(tmp_path / "HC3")) == 2
+    write("HC3/train.jsonl", ROWS * 2)
+    assert len(rows_of(tmp_path / "HC3")) == 4
+
+
+@pytest.fixture
+def hub_files(tmp_path, monkeypatch, hub):
+    """The hub's dataset as files: me/pairs/part/rows.jsonl at branch main or parts."""
+    import huggingface_hub
+
+    def info(self, id, revision=None, **options):
+        return SimpleNamespace(sha={None: "c0ffee", "refs/parts": "beef", "v2": "abba"}[revision])
+
+    def download(id, file, repo_type, revision):
+        hub.append((id, file, repo_type, revision))
+        return str(tmp_path / "snapshots" / revision / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+def test_one_file_of_a_hub_dataset(write, hub_files):
+    write("snapshots/c0ffee/part/rows.jsonl", '{"a": "1"}\nno\n')
+    source = open_source(KEY, "me/pairs:part/rows.jsonl")
+    assert source == Hub("me/pairs", "c0ffee", "part/rows.jsonl")
+    (first, (position, bad)) = read_rows(KEY, source)
+    assert first == ("me/pairs:part/rows.jsonl:1", {"a": "1"})
+    assert position == "me/pairs:part/rows.jsonl:2" and isinstance(bad, BadRow)
+    assert hub_files == [("me/pairs", "part/rows.jsonl", "dataset", "c0ffee")]
+    others = (
+        Hub("me/pairs", "c0ffee"),
+        Hub("me/pairs", "c0ffee", "rows.jsonl"),
+        Hub("me/pairs", "beef", source.file),
+    )
+    assert len({fingerprint(hub) for hub in (source, *others)}) == 4
+
+
+def test_its_own_revision_comes_before_that_of_the_dataset(hub_files):
+    name = "me/pairs@refs/parts:comparisons/train/0000.parquet"
+    assert open_source(KEY, name, "v2") == Hub("me/pairs", "beef", "comparisons/train/0000.parquet")
+    assert open_source(KEY, "me/pairs:a.json", "v2") == Hub("me/pairs", "abba", "a.json")
+    assert open_source(KEY, "me/pairs@v2") == Hub("me/pairs", "abba")
+
+
+def test_a_hub_file_is_sought_in_local_folders_first(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "me/pairs@v2:part/rows.jsonl"
+    assert locate(KEY, name, "config") == name
+    monkeypatch.setenv("RLHF_EXP_DATA", str(tmp_path / "all"))
+    for path, expected in (
+        ("all/config/train.jsonl", "all/config"),  # by the name in conf/dataset
+        ("all/pairs/train.jsonl", "all/pairs"),  # a folder without that file: by its own rule
+        ("all/pairs/part/rows.jsonl", "all/pairs/part/rows.jsonl"),
+        ("me/pairs/part/rows.jsonl", "me/pairs/part/rows.jsonl"),
+    ):
+        write(path, ROWS)
+        assert locate(KEY, name, "config").absolute() == tmp_path / expected
+
+
+def test_hub_files_that_cannot_be(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    assert "unknown kind of file" in only_line(lambda: locate(KEY, "me/pairs:rows.csv"))
+    line = only_line(lambda: open_source(KEY, "me/pairs@v2:rows.jsonl"))
+    assert f"not found at {tmp_path}/me/pairs, nor at RLHF_EXP_DATA (not set), nor on the hub" in line
+    assert line.endswith("the folder that holds pairs")
+    for name in ("a/b/c:rows.jsonl", "me/pairs:", "me/pairs@", "me/pairs:a:b.jsonl"):
+        assert "nor on the hub" not in only_line(lambda name=name: locate(KEY, name))
+
+
+# rows as on the hub: nulls, objects in lists, fields that only some rows have
+PUBLISHED = [
+    {"question": "a", "human_answers": ["b", None], "chatgpt_answers": [], "index": None},
+    {"question": "c", "human_answers": ["d"], "chatgpt_answers": ["e", ""], "index": None},
+]
+TALKS = [
+    {"context": [{"role": "human", "text": "a"}], "chosen": {"role": "assistant", "text": "b"}},
+    {"context": [], "chosen": {"role": "assistant", "text": "c"}},
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS, PUBLISHED, TALKS])
+@pytest.mark.parametrize(
+    "kind", ["train.jsonl", "train.jsonl.gz", "train.json", "data/train-00000-of-00001.parquet"]
+)
+def test_the_datasets_library_reads_what_we_read(write, tmp_path, monkeypatch, rows, kind):
+    """The real load_dataset on a local copy: the same rows, and the same as our own readers'."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    content = json.dumps(rows).encode() if kind.endswith(".json") else content
+    path = write(f"copy/{kind}", gzip.compress(content) if kind.endswith(".gz") else content)
+    if kind.endswith(".parquet"):
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), path)
+    folder = tmp_path / "copy"
+    loaded = list(read_rows(KEY, Hub(str(folder), "main")))
+    assert loaded == [(f"{folder}: row {i}", row) for i, row in enumerate(rows, 1)]
+    assert [row for _, row in rows_of(folder)] == rows
+
+
+def test_a_dataset_with_a_loading_script_is_refused_in_a_line(write, tmp_path, monkeypatch):
+    """`datasets` runs none since version 4: HC3's is such a one, whose files have to be named."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write("HC3/HC3.py", "raise SystemExit")
+    write("HC3/all.jsonl", ROWS)
+    line = only_line(lambda: list(read_rows(KEY, Hub(str(tmp_path / "HC3"), "main"))))
+    assert "HC3.py" in line
+    assert line.endswith(f", or name one of its files: {KEY}={tmp_path / 'HC3'}:FILE")

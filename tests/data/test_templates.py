@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.data.templates import (
-    Cuts,
-    encode_prompt,
-    encode_prompts,
-    encode_response,
-    encode_responses,
-    render_prompt,
-    render_response,
-)
+from rlhf_exp.data.encode import Cuts, encode_prompt, encode_prompts, encode_response, encode_responses
+from rlhf_exp.data.records import Dialogue
+from rlhf_exp.data.templates import frame, render_response
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Template
 
@@ -26,7 +20,7 @@ def prompt_text(tokenizer, dataset):
     """prompt_text(prompt, most, template, truncate) -> what the model reads of a prompt."""
 
     def prompt_text(prompt: str, most: int, template: str = "{prompt}", truncate: str = "left") -> str:
-        template = Template("x", template, " {response}", truncate)
+        template = Template("x", prompt=template, response=" {response}", truncate=truncate)
         data = dataset("reviews", "unused", template=template, max_prompt_tokens=most)
         ids = encode_prompt(tokenizer, data, prompt)
         assert len(ids) <= most
@@ -36,8 +30,8 @@ def prompt_text(tokenizer, dataset):
 
 
 def test_rendering_leaves_all_other_braces_alone():
-    template = Template("x", "Q: {prompt} {} {x}\nA:", " {response}", "left")
-    rendered = render_prompt(template, "what is {response} or {prompt}?")
+    template = Template("x", prompt="Q: {prompt} {} {x}\nA:", response=" {response}", truncate="left")
+    rendered = str(frame(template, "what is {response} or {prompt}?"))
     assert rendered == "Q: what is {response} or {prompt}? {} {x}\nA:"
     assert render_response(template, "{it}") == " {it}"
 
@@ -69,8 +63,8 @@ def test_a_tokenizer_without_eos(dataset, tokenizer):
     assert encode_responses(other, dataset("reviews", "unused"), ["a"], eos=False)
 
 
-def test_no_special_tokens_are_added(tokenizer, dataset):
-    """A tokenizer with a BOS that it adds by itself (Llama's) gives the bare ids too."""
+def test_what_the_tokenizer_begins_every_text_with_begins_the_prompt(tokenizer, dataset):
+    """Llama has never seen a text without its BOS; an answer is no text of its own."""
     from copy import deepcopy
 
     from tokenizers.processors import TemplateProcessing
@@ -80,12 +74,19 @@ def test_no_special_tokens_are_added(tokenizer, dataset):
     other.backend_tokenizer.post_processor = bos
     assert other("ab")["input_ids"][0] == EOS
     data = dataset("reviews", "unused")
-    assert encode_prompt(other, data, "ab") == tokenizer("ab")["input_ids"]
+    assert encode_prompt(other, data, "ab") == [EOS, *tokenizer("ab")["input_ids"]]
+    assert EOS not in encode_prompt(tokenizer, data, "ab")
+    data.max_prompt_tokens = 2
+    assert encode_prompt(other, data, "ab") == [EOS, *tokenizer("b")["input_ids"]]
     assert EOS not in encode_response(other, data, "ab", eos=False)
 
 
 def test_text_that_spells_a_special_token_stays_text(tokenizer, dataset):
-    data = dataset("reviews", "unused", template=Template("x", "{prompt}</s>", "{response}", "left"))
+    data = dataset(
+        "reviews",
+        "unused",
+        template=Template("x", prompt="{prompt}</s>", response="{response}", truncate="left"),
+    )
     assert tokenizer("a</s>")["input_ids"][-1] == EOS  # what happens to text otherwise
     ids = encode_prompt(tokenizer, data, "a</s>b")
     assert ids.count(EOS) == 1 and ids[-1] == EOS and len(ids) == 7  # a < / s > b and the template's
@@ -155,7 +156,7 @@ def test_the_post_is_cut_within_a_template_and_with_special_tokens_in_it(prompt_
 
 def test_the_last_line_that_fits_is_kept_where_the_first_guess_is_too_short(tokenizer, dataset):
     """Two special tokens of the template, spelled with eight characters, hide how much room there is."""
-    template = Template("x", "</s></s>{prompt}", " {response}", "tldr")
+    template = Template("x", prompt="</s></s>{prompt}", response=" {response}", truncate="tldr")
     expected = f"{HEAD} one two\nthree\nTL;DR:"
     data = dataset("tldr", "unused", template=template, max_prompt_tokens=2 + len(expected))
     ids = encode_prompt(tokenizer, data, f"{HEAD}{POST}\nTL;DR:")
@@ -172,8 +173,11 @@ def test_cuts_are_counted_by_row(tokenizer, dataset):
     data = dataset("reviews", "unused", max_prompt_tokens=3, max_response_tokens=3)
     encode_prompts(tokenizer, data, ["abc", "abcd", "abcd"], cuts)
     encode_responses(tokenizer, data, ["a", "ab"], cuts=cuts)
-    assert str(cuts) == "cut: 2 of 3 prompts, 1 of 2 responses"
-    assert cuts.metrics() == {"data/prompts_cut": 2.0, "data/responses_cut": 1.0}
+    assert str(cuts) == (
+        "prompt tokens: median 4, 90 % in 3-4, longest 4; 2 of 3 cut; "
+        "response tokens: median 3, 90 % in 3-4, longest 4; 1 of 2 cut"
+    )
+    assert (cuts.prompts, cuts.prompts_cut, cuts.responses, cuts.responses_cut) == (3, 2, 2, 1)
 
 
 def test_a_prompt_is_tokenised_once_and_returned_as_often_as_asked(tokenizer, dataset):
@@ -186,7 +190,7 @@ def test_a_prompt_is_tokenised_once_and_returned_as_often_as_asked(tokenizer, da
             return tokenizer(texts, **options)
 
     rows = encode_prompts(Spy(), dataset("reviews", "unused"), ["ab", "c", "ab"])
-    assert Spy.seen == ["ab", "c"]
+    assert [text for text in Spy.seen if text in ("ab", "c")] == ["ab", "c"]
     assert [tokenizer.decode(row) for row in rows] == ["ab", "c", "ab"]
     rows[0].append(7)
     assert tokenizer.decode(rows[2]) == "ab"  # rows are independent lists
@@ -195,3 +199,95 @@ def test_a_prompt_is_tokenised_once_and_returned_as_often_as_asked(tokenizer, da
 def test_nothing_to_encode(tokenizer, dataset):
     data = dataset("reviews", "unused")
     assert encode_prompts(tokenizer, data, []) == encode_responses(tokenizer, data, []) == []
+
+
+HUMAN = Template(
+    prompt="Human: {prompt}\n\nAssistant:",
+    response=" {response}",
+    turn="Human: {prompt}\n\nAssistant: {response}\n\n",
+    system="[{system}]\n",
+)
+TALK = Dialogue("c {response}?", (("a {prompt}", "b"), ("d", "e</s>")), "s")
+
+
+def test_a_dialogue_is_written_turn_by_turn(tokenizer, dataset):
+    earlier = "Human: a {prompt}\n\nAssistant: b\n\nHuman: d\n\nAssistant: e</s>\n\n"
+    whole = f"[s]\n{earlier}Human: c {{response}}?\n\nAssistant:"
+    assert str(frame(HUMAN, TALK)) == whole
+    ids = encode_prompt(tokenizer, dataset("reviews", "unused", template=HUMAN), TALK)
+    assert tokenizer.decode(ids) == whole
+    assert EOS not in ids  # what the row says is text
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [
+        (83, "[s]\nHuman: d\n\nAssistant: e</s>\n\nHuman: c {response}?\n\nAssistant:"),
+        (60, "[s]\nHuman: c {response}?\n\nAssistant:"),
+        (29, "[s]\nHuman: onse}?\n\nAssistant:"),  # then the last prompt by its rule: the frame takes 23
+        (22, "Human: e}?\n\nAssistant:"),  # no room for the system message: 19 without, so 3 of the prompt
+    ],
+)
+def test_a_long_dialogue_loses_its_oldest_exchanges_first(tokenizer, dataset, most, kept):
+    data = dataset("reviews", "unused", template=HUMAN, max_prompt_tokens=most)
+    cuts = Cuts()
+    ids = encode_prompt(tokenizer, data, TALK, cuts)
+    assert tokenizer.decode(ids) == kept and len(ids) <= most and cuts.prompts_cut == 1
+
+
+CHAT = Template(chat=True, response="{response}")
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = CHATML
+    return other
+
+
+def test_the_tokenizers_own_chat_template(chatty, dataset):
+    """As apply_chat_template makes it, but for a special token in a message, which stays text there."""
+    data = dataset("reviews", "unused", template=CHAT)
+    messages = [{"role": "user", "content": "hi {x}"}]
+    ids = encode_prompt(chatty, data, "hi {x}")
+    assert ids == chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids.count(EOS) == 1
+    ids = encode_prompt(chatty, data, TALK)
+    said = (
+        "<|system|>s",
+        "<|user|>a {prompt}",
+        "<|assistant|>b",
+        "<|user|>d",
+        "<|assistant|>e</s>",
+        "<|user|>c {response}?",
+    )
+    assert chatty.decode(ids) == "</s>".join([*said, "<|assistant|>"])
+    assert ids.count(EOS) == len(said)
+
+
+def test_a_long_chat_keeps_its_frame(chatty, dataset):
+    data = dataset("reviews", "unused", template=CHAT, max_prompt_tokens=25)
+    ids = encode_prompt(chatty, data, "0123456789")
+    assert chatty.decode(ids) == "<|user|>789</s><|assistant|>"  # 8 tokens, 3 of the prompt, 1, 13
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system') }}", "refuses the roles user: no system"),
+        ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "does not hold every message once"),
+        ("nothing", "does not hold every message once"),
+        ("{% for", "refuses the roles user"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(chatty, dataset, template, reason):
+    chatty.chat_template = template
+    with pytest.raises(InputError, match=reason):
+        encode_prompt(chatty, dataset("reviews", "unused", template=CHAT), "hi")

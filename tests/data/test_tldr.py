@@ -18,16 +18,16 @@ def pair(chosen: str, rejected: str) -> dict[str, str]:
 
 def test_demonstration_and_prompt():
     row = {"prompt": f"{POST}\nTL;DR:", "label": " we met and parted."}
-    (demonstration,) = tldr.demonstrations(row)
+    (demonstration,) = tldr.demonstrations(row, None)
     assert (demonstration.id, demonstration.prompt) == (ID, f"{POST}\nTL;DR:")
     assert demonstration.response == "we met and parted."
-    (prompt,) = tldr.prompts(row)
+    (prompt,) = tldr.prompts(row, None)
     assert (prompt.id, prompt.prompt, prompt.reference) == (ID, f"{POST}\nTL;DR:", "we met and parted.")
 
 
 def test_a_comparison_has_the_prompt_and_id_of_the_demonstration():
     row = pair("TL;DR: we met and then parted.", "TL;DR: nothing at all happened here.")
-    (comparison,) = tldr.comparisons(row)
+    (comparison,) = tldr.comparisons(row, None)
     assert (comparison.id, comparison.prompt) == (ID, f"{POST}\nTL;DR:")
     assert comparison.chosen == "we met and then parted."
     assert comparison.rejected == "nothing at all happened here."
@@ -35,19 +35,19 @@ def test_a_comparison_has_the_prompt_and_id_of_the_demonstration():
 
 @pytest.mark.parametrize("ending", ["", "\n", "\nTL;DR:", "\nTL;DR: ", "\n\nTL;DR:"])
 def test_the_ending_of_the_published_prompt_does_not_matter(ending):
-    (prompt,) = tldr.prompts({"prompt": POST + ending, "label": "s"})
+    (prompt,) = tldr.prompts({"prompt": POST + ending, "label": "s"}, None)
     assert prompt.prompt == f"{POST}\nTL;DR:" and prompt.id == ID
 
 
 def test_dropped_by_the_published_recipe():
     with pytest.raises(Drop, match="equal answers"):
-        tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: one two three four "))
+        tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: one two three four "), None)
     # trlX counts the words of the field, "TL;DR:" among them: 4 + 1 is enough, 3 + 1 is not
-    assert tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: five six seven eight"))
+    assert tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: five six seven eight"), None)
     with pytest.raises(Drop, match="under 5 words"):
-        tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: one two three"))
+        tldr.comparisons(pair("TL;DR: one two three four", "TL;DR: one two three"), None)
     with pytest.raises(Drop, match="under 5 words"):
-        tldr.comparisons(pair("one two three four", "one two three four five"))
+        tldr.comparisons(pair("one two three four", "one two three four five"), None)
 
 
 @pytest.mark.parametrize(
@@ -60,5 +60,5 @@ def test_dropped_by_the_published_recipe():
 )
 def test_bad_rows(view, row, reason):
     with pytest.raises(BadRow) as error:
-        view(row)
+        view(row, None)
     assert str(error.value) == reason

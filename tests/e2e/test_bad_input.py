@@ -193,7 +193,7 @@ def test_an_adapter_that_is_no_plain_lora(refused_sft, copied):
     extra = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     save_file(weights | {extra: zeros(64)}, copied.peft / WEIGHTS)
     assert refused_sft(copied.peft) == [
-        f"adapters.sft={copied.peft}: it holds {extra}: only adapters of plain LoRA are supported"
+        f"adapters.sft={copied.peft}: it holds {extra}: only adapters of plain LoRA and of DoRA are supported"
     ]
     edit(copied.peft / CONFIG, peft_type="IA3")
     assert refused_sft(copied.peft) == [

@@ -31,6 +31,20 @@ def test_summary_fits_and_says_all(evaluation, width):
     assert not any("…" in line for line in lines)
 
 
+def test_greedy_scores_have_columns_and_the_line_still_fits(evaluation):
+    for policy in evaluation["policies"]:
+        policy["metrics"] |= {"greedy_gold": 0.875, "greedy_reward": -2.25}
+    lines = shown(summary_table(evaluation))
+    assert all(cell_len(line) <= 80 for line in lines)
+    assert not any("…" in line for line in lines)
+    expected = ["sft", "0.10", "±0.06", "-0.50", "±0.20", "0.88", "-2.25", "0.0", "14.2", "97%"]
+    assert row(lines, "sft") == expected
+    for policy in evaluation["policies"]:
+        del policy["metrics"]["greedy_gold"], policy["metrics"]["gold"], policy["metrics"]["gold_se"]
+    lines = shown(summary_table(evaluation))
+    assert row(lines, "sft") == ["sft", "-0.50", "±0.20", "-2.25", "0.0", "14.2", "0.75", "0%", "97%"]
+
+
 def test_stars_mark_the_best_of_a_column(evaluation):
     lines = shown(summary_table(evaluation))
     assert row(lines, "ppo@16")[2] == "±0.04*"

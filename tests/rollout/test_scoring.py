@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from rlhf_exp.rollout.engine import Rollout, generate
 from rlhf_exp.rollout.noise import row_key
@@ -29,8 +30,15 @@ def sample(base, roles, prompts, generation) -> Rollout:
         Generation(max_new_tokens=9, temperature=0.7, min_new_tokens=4),
         Generation(max_new_tokens=9, top_p=0.7, temperature=1.3),
         Generation(max_new_tokens=9, top_k=10, min_new_tokens=2),
+        Generation(max_new_tokens=9, min_p=0.2, begin_suppress_tokens=["eos"], min_new_tokens=0),
+        Generation(max_new_tokens=9, repetition_penalty=1.6, begin_suppress_tokens=["a", " the"]),
+        Generation(
+            max_new_tokens=9, repetition_penalty=1.3, temperature=0.6, top_k=80, top_p=0.9, min_p=0.05
+        ),
+        Generation(max_new_tokens=9, repetition_penalty=1.6, top_k=20, logprob_mode="raw"),
+        Generation(max_new_tokens=9, repetition_penalty=1.6, temperature=0.5, greedy=True),
     ],
-    ids=["plain", "temperature", "top-p", "top-k"],
+    ids=["plain", "temperature", "top-p", "top-k", "min-p", "penalty", "all", "raw", "greedy"],
 )
 @torch.no_grad()
 def test_scoring_forward_gives_the_samplers_logprobs(base, roles, prompts, generation):
@@ -38,10 +46,12 @@ def test_scoring_forward_gives_the_samplers_logprobs(base, roles, prompts, gener
     batch = answers(rollout, range(len(prompts)), base)
     scored = answer_logprobs(base, hidden_before(roles, "policy", batch), batch, generation)
     assert (scored.logprobs - torch.cat(rollout.logprobs)).abs().max() < 2e-5
-    if generation.top_k or generation.top_p < 1:
+    if generation.logprob_mode == "raw":
+        assert (scored.kept_mass == 1).all()
+    elif generation.top_k or generation.top_p < 1 or generation.min_p > 0:
         assert scored.kept_mass.max() < 1
     elif generation.min_new_tokens == 1:
-        # only EOS at the first position is missing
+        # only what is forbidden at the first position is missing
         assert (scored.kept_mass[batch.first > 0] == 1).all()
         assert (scored.kept_mass[batch.first == 0] < 1).all()
 
@@ -82,6 +92,28 @@ def test_groups_by_length(base):
     rollout = Rollout([[1] * n for n in (5, 1, 3, 2)], [[1]] * 4, [False] * 4, [], None)
     assert by_length(rollout, [0, 1, 2, 3], 3) == [[1, 3, 2], [0]]
     assert by_length(rollout, [2, 0], 8) == [[2, 0]]
+
+
+@torch.no_grad()
+def test_the_penalty_of_another_role_by_the_definition(base, roles, prompts):
+    """The reference on the policy's answers: transformers' processor on each position of each row, alone."""
+    generation = Generation(max_new_tokens=7, repetition_penalty=1.7, temperature=0.6)
+    rollout = sample(base, roles, prompts, generation)
+    batch = answers(rollout, [6, 2, 4], base)
+    got = answer_logprobs(base, hidden_before(roles, "ref", batch), batch, generation).logprobs
+    expected = []
+    for row in (6, 2, 4):
+        ids = torch.tensor([rollout.prompts[row] + rollout.responses[row]])
+        with roles.use("ref"):
+            logits = base.model(input_ids=ids).logits
+        start = len(rollout.prompts[row])
+        for t, token in enumerate(rollout.responses[row]):
+            scores = logits[:, start + t - 1].clone()
+            scores = RepetitionPenaltyLogitsProcessor(1.7)(ids[:, : start + t], scores)[0] / 0.6
+            if t == 0:
+                scores[base.eos_id] = -torch.inf
+            expected.append(scores.log_softmax(0)[token])
+    assert (got - torch.stack(expected)).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from rlhf_exp.model.base import Base, load_base
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles, lora_config
+from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.schema import (
     PPO,
     RUNS,
@@ -26,9 +27,11 @@ from rlhf_exp.schema import (
     Tracking,
     Views,
 )
+from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.context import HEAD_FILE, Context
 from rlhf_exp.store.runs import RunFolder
 from rlhf_exp.tracking import NullTracker
+from tests.stages.plain import make_rollout
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VIEWS = Views(*["builtin:reviews"] * 3)
@@ -183,3 +186,25 @@ def replaced() -> Callable[..., Any]:
         return replace(config, **{section: replace(getattr(config, section), **values)})
 
     return make
+
+
+@pytest.fixture
+def rollout(base: Base) -> Rollout:
+    """Eight answers by hand."""
+    return make_rollout(base.eos_id)
+
+
+@pytest.fixture
+def actors(base: Base, adapters: dict[str, Path]) -> Iterator[dict[str, Actors]]:
+    """Actors by their critic; policy away from ref, value heads not zero. `none`: without a critic."""
+    with Roles(base) as roles:
+        roles.load("policy", adapters["other"], trainable=True)
+        roles.load("ref", adapters["sft"])
+        roles.load("critic", adapters["reward"], trainable=True)
+        trunk, own = (ScalarHead(base.hidden_size).reset(seed) for seed in (7, 8))
+        yield {
+            "trunk": Actors(roles, "ref", "policy", trunk, None),
+            "own": Actors(roles, "ref", "critic", own, None),
+            "detached": Actors(roles, "ref", "policy", trunk, None, detached=True),
+            "none": Actors(roles, "ref", "policy", None, None),
+        }

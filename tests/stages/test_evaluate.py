@@ -207,6 +207,12 @@ def test_which_policies_are_looked_at(evaluated, context, replaced, tmp_path):
     assert len(names(evaluated.config, **bare)) == 2
 
 
+def test_a_base_that_sft_made_is_the_sft_policy():
+    assert evaluate.made_by_sft(Path("outputs/sft/0123456789ab/model"))
+    assert not evaluate.made_by_sft(Path("downloads/llama/model"))
+    assert not evaluate.made_by_sft(Path("outputs/sft/0123456789ab/adapter"))
+
+
 def test_the_base_against_itself_and_as_before(
     base, evaluated, context, fingerprint, unchanged, replaced, monkeypatch
 ):
@@ -228,3 +234,69 @@ def test_the_base_against_itself_and_as_before(
     assert last["kl"] > 0
     assert "gold" not in first
     assert content["samples"] == []
+
+
+@pytest.fixture
+def measure_sft(base, evaluated, context, replaced):
+    """measure_sft(**values of eval) -> Measured of the SFT policy on ten prompts, scored by their letters."""
+    from dataclasses import replace
+
+    def measure(**values) -> evaluate.Measured:
+        config = replace(
+            replaced(evaluated.config, "eval", gold="regex:e", **values),
+            reward_source=RewardSource(kind="function", function="regex:a"),
+        )
+        given = context(**evaluated.parents)
+        prompts = sorted(load_view(config.dataset, "prompts", "heldout"), key=lambda prompt: prompt.id)[:10]
+        encoded = evaluated.measured["sft"].rollout.prompts
+        with Roles(base) as roles:
+            sft = evaluate.candidates(config, given)[0]
+            return evaluate.measure(config, given, roles, None, sft, prompts, encoded)
+
+    return measure
+
+
+def test_several_answers_a_prompt(base, evaluated, measure_sft):
+    """The first of each prompt are those of a single answer; errors are of the prompts' means."""
+    measured = measure_sft(samples_per_prompt=3)
+    prompts = evaluated.measured["sft"].rollout.prompts
+    assert measured.rollout.prompts == [prompt for prompt in prompts for _ in range(3)]
+    answers = measured.rollout.responses
+    assert answers[::3] == evaluated.measured["sft"].rollout.responses
+    assert all(answers[i] != answers[i + 1] for i in range(0, 30, 3))
+    found = [float("a" in text) for text in measured.texts]
+    assert 0 < sum(found) < 30
+    assert measured.scores["reward"] == found
+    means = [sum(found[i : i + 3]) / 3 for i in range(0, 30, 3)]
+    assert measured.means["reward"] == pytest.approx(means)
+    center = sum(means) / 10
+    assert measured.metrics["reward"] == pytest.approx(center)
+    spread = (sum((mean - center) ** 2 for mean in means) / 9 / 10) ** 0.5
+    assert measured.metrics["reward_se"] == pytest.approx(spread)
+    assert measured.metrics["length"] == pytest.approx(
+        sum(len(answer) - (base.eos_id in answer) for answer in answers) / 30
+    )
+    # what is shown of a prompt is its first answer, with that answer's score
+    shown = evaluate.answer(measured, 4)
+    assert (shown["text"], shown["reward"]) == (measured.texts[12], found[12])
+    assert measured.greedy == [] and "greedy" not in shown and "greedy_reward" not in measured.metrics
+
+
+def test_greedy_answers_are_the_most_probable_tokens(base, evaluated, measure_sft, adapters, peft_model):
+    measured = measure_sft(greedy=True, samples_per_prompt=2)
+    model, expected = peft_model(adapters["sft"]), []
+    for prompt in evaluated.measured["sft"].rollout.prompts:
+        ids = list(prompt)
+        for position in range(8):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            if position == 0:
+                logits[base.eos_id] = -torch.inf  # min_new_tokens=1
+            ids.append(int(logits.argmax()))
+            if ids[-1] == base.eos_id:
+                break
+        expected.append(base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    assert measured.greedy == expected
+    assert measured.metrics["greedy_gold"] == sum("e" in text for text in expected) / 10
+    assert evaluate.answer(measured, 3)["greedy"] == expected[3]
+    assert measured.texts != expected

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf_exp.algorithms.support import Support
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
-from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.schema import PPO, Dataset, Generation, Lora, Model, Optim, PPORun, RewardSource, Views
-from rlhf_exp.stages import ppo
+from rlhf_exp.stages import experience as experiences
+from rlhf_exp.stages import order, ppo
 from rlhf_exp.stages.context import Context
-from rlhf_exp.stages.ppo import Actors, Experience
+from rlhf_exp.stages.experience import Experience
+from rlhf_exp.stages.state import State
+from rlhf_exp.stages.update import loss_of, update
 from rlhf_exp.store.runs import RunFolder
 from rlhf_exp.tracking import NullTracker, read_lines, read_metrics
-
-ROWS = 8
-EOS_PROMPTS = (3, 9, 1, 6, 6, 2, 12, 4)  # lengths
-LENGTHS = (5, 1, 3, 6, 2, 6, 4, 1)  # of the answers, EOS included where they end
-
+from tests.stages.plain import (
+    LENGTHS,
+    ROWS,
+    SCORES,
+    gradients,
+    iterate,
+    nudge,
+    plain_experience,
+    plain_loss,
+    plain_row,
+    prepare,
+    with_supports,
+)
 
 # ---------------------------------------------------------------- data order
 
@@ -32,7 +39,7 @@ LENGTHS = (5, 1, 3, 6, 2, 6, 4, 1)  # of the answers, EOS included where they en
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (10, 4), (3, 8), (1, 2)])
 def test_batches_go_through_every_epoch_once(count, size):
     steps = 3 * count  # whole epochs: 3 * count * size places
-    places = [i for step in range(1, steps + 1) for i in ppo.batch_of(count, size, seed=5, step=step)]
+    places = [i for step in range(1, steps + 1) for i in order.batch_of(count, size, seed=5, step=step)]
     epochs = [places[start : start + count] for start in range(0, len(places), count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count > 3:
@@ -41,15 +48,15 @@ def test_batches_go_through_every_epoch_once(count, size):
 
 def test_batches_are_of_the_seed_and_the_step_alone():
     torch.manual_seed(0)
-    first = [ppo.batch_of(50, 8, 3, step) for step in (1, 2, 7)]
+    first = [order.batch_of(50, 8, 3, step) for step in (1, 2, 7)]
     torch.manual_seed(1)
-    assert [ppo.batch_of(50, 8, 3, step) for step in (7, 2, 1)] == first[::-1]
-    assert ppo.batch_of(50, 8, 4, 1) != first[0]
+    assert [order.batch_of(50, 8, 3, step) for step in (7, 2, 1)] == first[::-1]
+    assert order.batch_of(50, 8, 4, 1) != first[0]
 
 
 def test_minibatches_partition_the_rows_of_every_epoch(ppo_config, rollout):
     config = ppo_config({"epochs": 3, "minibatches": 2, "micro_batch_size": 3})
-    plan = ppo.minibatches(rollout, config, step=1)
+    plan = order.minibatches(rollout, config, step=1)
     assert len(plan) == 3
     orders = []
     for epoch in plan:
@@ -59,173 +66,17 @@ def test_minibatches_partition_the_rows_of_every_epoch(ppo_config, rollout):
         assert sorted(rows) == list(range(ROWS))
         orders.append(tuple(frozenset(row for rows in minibatch for row in rows) for minibatch in epoch))
     assert len(set(orders)) > 1
-    assert ppo.minibatches(rollout, config, step=1) == plan
-    assert ppo.minibatches(rollout, config, step=2) != plan
+    assert order.minibatches(rollout, config, step=1) == plan
+    assert order.minibatches(rollout, config, step=2) != plan
 
 
 def test_padded_puts_values_back_in_their_places():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     x = torch.tensor([1.0, 2.0, 3.0])
-    assert ppo.padded(x, mask).tolist() == [[1, 2, 0], [3, 0, 0]]
+    assert experiences.padded(x, mask).tolist() == [[1, 2, 0], [3, 0, 0]]
 
 
-def test_scores_are_clipped_and_unfinished_answers_pay(ppo_config):
-    scores, ended = torch.tensor([12.0, -12.0, 0.5]), [True, False, False]
-    config = ppo_config({"reward_clip": 10.0, "missing_eos_penalty": 0.75})
-    assert ppo.shape_scores(config, scores, ended).tolist() == [10.0, -10.75, -0.25]
-    config = ppo_config({"reward_clip": 0.0, "missing_eos_penalty": 0.0})
-    assert ppo.shape_scores(config, scores, ended).tolist() == scores.tolist()
-
-
-# ---------------------------------------------------------------- a rollout by hand
-
-
-@pytest.fixture
-def rollout(base) -> Rollout:
-    """Answers of one to six random tokens; some end."""
-    draw = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(3, 512, (n,), generator=draw).tolist() for n in EOS_PROMPTS]
-    responses = [torch.randint(3, 512, (n,), generator=draw).tolist() for n in LENGTHS]
-    ended = [i % 2 == 0 for i in range(ROWS)]
-    for response, ends in zip(responses, ended, strict=True):
-        if ends and len(response) > 1:
-            response[-1] = base.eos_id
-    ended = [response[-1] == base.eos_id for response in responses]
-    return Rollout(prompts, responses, ended, [torch.zeros(n) for n in LENGTHS], None)
-
-
-def with_supports(rollout: Rollout) -> Rollout:
-    """The same answers, each token as if drawn from itself and thirty others."""
-    draw, supports = torch.Generator().manual_seed(9), []
-    for response in rollout.responses:
-        kept = [sorted({token, *torch.randint(3, 512, (30,), generator=draw).tolist()}) for token in response]
-        supports.append(
-            Support(
-                torch.tensor([i for ids in kept for i in ids], dtype=torch.int32),
-                torch.tensor([len(ids) for ids in kept]),
-            )
-        )
-    return rollout._replace(supports=supports)
-
-
-SCORES = torch.tensor([0.3, -1.2, 4.0, 0.0, 2.0, -0.5, 1.0, 0.7])
-
-
-@pytest.fixture
-def actors(base, adapters) -> Iterator[dict]:
-    """Actors with critic `trunk` and with `own`; policy away from ref, value heads not zero."""
-    with Roles(base) as roles:
-        roles.load("policy", adapters["other"], trainable=True)
-        roles.load("ref", adapters["sft"])
-        roles.load("critic", adapters["reward"], trainable=True)
-        yield {
-            "trunk": Actors(roles, "ref", "policy", ScalarHead(base.hidden_size).reset(7), None),
-            "own": Actors(roles, "ref", "critic", ScalarHead(base.hidden_size).reset(8), None),
-        }
-
-
-# ---------------------------------------------------------------- the same, plainly
-
-
-def forward(actors: Actors, role, prompt, response):
-    """Logits [T, V] and hidden states [T, d] before each token of one answer; nothing is padded."""
-    with actors.roles.use(role):
-        out = actors.base.model(
-            input_ids=torch.tensor([prompt + response]), output_hidden_states=True, use_cache=False
-        )
-    places = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return out.logits[0, places], out.hidden_states[-1][0, places]
-
-
-def log_probs(config: PPORun, actors: Actors, rollout: Rollout, row: int, logits):
-    """Of the answer's tokens, under the distribution of the sampler: temperature, forbidden EOS, kept sets."""
-    logits = logits / config.generation.temperature
-    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
-    if rollout.supports is None:
-        forbidden[: config.generation.min_new_tokens, actors.base.eos_id] = True
-    else:
-        ids, counts = rollout.supports[row]
-        for t, kept in enumerate(ids.split(counts.tolist())):
-            forbidden[t] = True
-            forbidden[t, kept.long()] = False
-    logits = logits.masked_fill(forbidden, -math.inf)
-    chosen = torch.tensor(rollout.responses[row])[:, None]
-    return (logits - logits.logsumexp(1, keepdim=True)).gather(1, chosen)[:, 0]
-
-
-def plain_row(config, actors, rollout, row):
-    prompt, response = rollout.prompts[row], rollout.responses[row]
-    logits, hidden = forward(actors, "policy", prompt, response)
-    if actors.critic != "policy":
-        _, hidden = forward(actors, actors.critic, prompt, response)
-    values = hidden @ actors.value_head.weight + actors.value_head.bias
-    return log_probs(config, actors, rollout, row, logits), values
-
-
-def plain_experience(config: PPORun, actors: Actors, rollout: Rollout, scores) -> list[SimpleNamespace]:
-    """Log-probs, values, advantages and returns of each answer, by the definitions."""
-    rows, p = [], config.ppo
-    for row in range(ROWS):
-        with torch.no_grad():
-            logprobs, values = plain_row(config, actors, rollout, row)
-            ref_logits, _ = forward(actors, actors.ref, rollout.prompts[row], rollout.responses[row])
-            ref = log_probs(config, actors, rollout, row, ref_logits)
-        log_r = ref - logprobs
-        kl = {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}[p.kl_estimator]
-        score = float(scores[row])
-        if p.reward_clip:
-            score = max(-p.reward_clip, min(p.reward_clip, score))
-        if not rollout.ended[row]:
-            score -= p.missing_eos_penalty
-        rewards = (-p.kl_coef * kl).tolist()
-        rewards[-1] += score
-        n, v = len(rewards), [*values.tolist(), 0.0]
-        deltas = [rewards[t] + p.gamma * v[t + 1] - v[t] for t in range(n)]
-        advantages = [sum((p.gamma * p.lam) ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
-        rows.append(
-            SimpleNamespace(
-                logprobs=logprobs,
-                ref=ref,
-                values=values,
-                advantages=torch.tensor(advantages),
-                returns=torch.tensor([a + b for a, b in zip(advantages, v, strict=False)]),
-            )
-        )
-    if p.whiten_advantages:
-        everything = torch.cat([row.advantages for row in rows]).double()
-        mean, std = everything.mean(), (everything.var(correction=0) + 1e-8).sqrt()
-        for row in rows:
-            row.advantages = ((row.advantages - mean) / std).float()
-    return rows
-
-
-def plain_loss(config, actors, rollout, experience, rows):
-    """The joint loss of PPO of some answers: a mean over all their tokens."""
-    p, policy, critic = config.ppo, [], []
-    for row in rows:
-        old = experience[row]
-        logprobs, values = plain_row(config, actors, rollout, row)
-        ratio = (logprobs - old.logprobs).exp()
-        bounded = ratio.clip(1 - p.cliprange, 1 + p.cliprange)
-        policy.append(-torch.minimum(ratio * old.advantages, bounded * old.advantages))
-        near = old.values + (values - old.values).clip(-p.cliprange_value, p.cliprange_value)
-        critic.append(torch.maximum((values - old.returns) ** 2, (near - old.returns) ** 2) / 2)
-    return torch.cat(policy).mean() + p.vf_coef * torch.cat(critic).mean()
-
-
-def gradients(actors: Actors) -> list[torch.Tensor]:
-    found = [p.grad.clone() for p in actors.trainable()]
-    for parameter in actors.trainable():
-        parameter.grad = None
-    return found
-
-
-def nudge(actors: Actors, seed: int = 0) -> None:
-    """Move everything trainable, as an update would: ratios leave 1, some the clip range."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in actors.trainable():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+# ---------------------------------------------------------------- against the plain implementation
 
 
 CASES = {
@@ -254,8 +105,8 @@ def case(request, ppo_config, rollout):
 @pytest.mark.parametrize("critic", ["trunk", "own"])
 def test_experience_is_that_of_the_definitions(case, actors, critic):
     config, rollout = case
-    plan = ppo.minibatches(rollout, config, step=1)
-    got, metrics = ppo.prepare(config, actors[critic], rollout, SCORES, plan[0])
+    plan = order.minibatches(rollout, config, step=1)
+    got, metrics = prepare(config, actors[critic], rollout, SCORES, plan[0])
     expected = plain_experience(config, actors[critic], rollout, SCORES)
     for row, plain in enumerate(expected):
         n = LENGTHS[row]
@@ -267,22 +118,21 @@ def test_experience_is_that_of_the_definitions(case, actors, critic):
     kl = sum(float((row.logprobs - row.ref).sum()) for row in expected) / ROWS
     assert metrics["objective/kl"] == pytest.approx(kl, abs=1e-4)
     assert abs(kl) > 0.01  # else the reference would not have been looked at
-    assert metrics["objective/scores"] == pytest.approx(float(SCORES.mean()))
 
 
 @pytest.mark.parametrize("critic", ["trunk", "own"])
 def test_loss_and_gradient_are_those_of_the_plain_implementation(case, actors, critic):
     config, rollout = case
     actors = actors[critic]
-    plan = ppo.minibatches(rollout, config, step=1)
-    experience, _ = ppo.prepare(config, actors, rollout, SCORES, plan[0])
+    plan = order.minibatches(rollout, config, step=1)
+    experience, _ = prepare(config, actors, rollout, SCORES, plan[0])
     plain = plain_experience(config, actors, rollout, SCORES)
     nudge(actors)
     rows = list(range(ROWS))
     expected = plain_loss(config, actors, rollout, plain, rows)
     expected.backward()
     expected_gradients = gradients(actors)
-    loss, shares, _ = ppo.loss_of(config, actors, rollout, experience, rows, experience.mask.sum())
+    loss, shares, _ = loss_of(config, actors, rollout, experience, rows, experience.mask.sum())
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for got, wanted in zip(gradients(actors), expected_gradients, strict=True):
@@ -307,9 +157,9 @@ def test_micro_batches_change_nothing(actors, rollout, ppo_config, minibatches, 
         settings = {"epochs": 2, "minibatches": minibatches, "micro_batch_size": size}
         config = ppo_config(settings, optim={"max_grad_norm": clip})
         optimizer = reset()
-        plan = ppo.minibatches(rollout, config, step=1)
-        experience, _ = ppo.prepare(config, actors, rollout, SCORES, plan[0])
-        ppo.update(config, actors, optimizer, rollout, experience, plan)
+        plan = order.minibatches(rollout, config, step=1)
+        experience, _ = prepare(config, actors, rollout, SCORES, plan[0])
+        update(config, actors, optimizer, State.start(config.ppo), rollout, experience, plan)
         ends[size] = [p.detach().clone() for p in actors.trainable()]
     optimizer = reset()
     plain = plain_experience(config, actors, rollout, SCORES)
@@ -334,15 +184,15 @@ def test_the_first_ratio_is_that_before_any_step(actors, rollout, ppo_config):
     """The metrics of the start are of the first minibatch alone; those of the policy are means over all."""
     actors = actors["trunk"]
     config = ppo_config({"epochs": 2, "minibatches": 2}, optim={"max_grad_norm": 1e9})
-    plan = ppo.minibatches(rollout, config, step=1)
-    experience, _ = ppo.prepare(config, actors, rollout, SCORES, plan[0])
+    plan = order.minibatches(rollout, config, step=1)
+    experience, _ = prepare(config, actors, rollout, SCORES, plan[0])
     old = plain_experience(config, actors, rollout, SCORES)
     nudge(actors)
     with torch.no_grad():
         rows = [row for rows in plan[0][0] for row in rows]
         log_ratio = torch.cat([plain_row(config, actors, rollout, r)[0] - old[r].logprobs for r in rows])
     optimizer = torch.optim.SGD(actors.trainable(), lr=0.1)
-    metrics = ppo.update(config, actors, optimizer, rollout, experience, plan)
+    metrics = update(config, actors, optimizer, State.start(config.ppo), rollout, experience, plan)
     assert metrics["first/ratio_max"] == pytest.approx(float(log_ratio.exp().max()), abs=1e-4)
     k3 = float((log_ratio.exp() - 1 - log_ratio).mean())
     assert metrics["first/approxkl"] == pytest.approx(k3, abs=1e-5)
@@ -354,15 +204,15 @@ def test_the_first_ratio_is_that_before_any_step(actors, rollout, ppo_config):
 
 def test_what_is_in_the_padding_does_not_matter(actors, rollout, ppo_config, base, monkeypatch):
     config, actors = ppo_config(), actors["trunk"]
-    plan = ppo.minibatches(rollout, config, step=1)
+    plan = order.minibatches(rollout, config, step=1)
     found = []
     for pad in (base.pad_id, 17, 400):
         monkeypatch.setattr(type(base), "pad_id", property(lambda _, pad=pad: pad))
-        experience, metrics = ppo.prepare(config, actors, rollout, SCORES, plan[0])
+        experience, metrics = prepare(config, actors, rollout, SCORES, plan[0])
         holes = Experience(
-            *(torch.where(experience.mask, x, math.nan) for x in experience[:4]), experience[4]
+            *(torch.where(experience.mask, x, math.nan) for x in experience[:-1]), experience.mask
         )
-        loss, _, _ = ppo.loss_of(config, actors, rollout, holes, list(range(ROWS)), holes.mask.sum())
+        loss, _, _ = loss_of(config, actors, rollout, holes, list(range(ROWS)), holes.mask.sum())
         loss.backward()
         found.append((metrics, loss.item(), gradients(actors)))
     for metrics, loss, gradient in found[1:]:
@@ -374,15 +224,6 @@ def test_what_is_in_the_padding_does_not_matter(actors, rollout, ppo_config, bas
 
 
 # ---------------------------------------------------------------- before the first update
-
-
-def iterate(config: PPORun, actors: Actors, base, step: int = 1):
-    """One iteration on eight prompts of different lengths."""
-    draw = torch.Generator().manual_seed(4)
-    encoded = [torch.randint(3, 512, (n,), generator=draw).tolist() for n in EOS_PROMPTS]
-    prompts = [SimpleNamespace(id=i, prompt=str(i)) for i in range(ROWS)]
-    optimizer = torch.optim.SGD(actors.trainable(), lr=1e-2)
-    return ppo.iterate(config, actors, optimizer, step, prompts, encoded)[0]
 
 
 @pytest.mark.parametrize("critic", ["trunk", "own"])
@@ -399,7 +240,7 @@ def test_kl_is_zero_and_ratio_one_before_the_first_update(
     with Roles(base) as roles:
         built = ppo.build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
         assert built.critic == ("policy" if critic == "trunk" else "critic")
-        metrics = iterate(config, built, base)
+        metrics = iterate(config, built)
     assert metrics["objective/kl"] == 0
     assert metrics["objective/kl_max"] == 0
     assert metrics["first/ratio_max"] == 1
@@ -414,7 +255,7 @@ def test_in_bfloat16_within_the_tolerance(bf16_base, adapters, context, ppo_conf
     parents = {"sft": adapters["sft"], "reward": adapters["reward"]}
     with Roles(bf16_base) as roles:
         built = ppo.build_actors(config, context(on=bf16_base, **parents), roles)
-        metrics = iterate(config, built, bf16_base)
+        metrics = iterate(config, built)
     tolerance = ppo.TOLERANCE[torch.bfloat16]
     assert tolerance <= 0.05
     assert metrics["objective/kl_max"] <= tolerance
@@ -427,7 +268,7 @@ def test_without_sft_the_base_is_the_reference(base, adapters, context, ppo_conf
     with Roles(base) as roles:
         built = ppo.build_actors(config, context(), roles)
         assert built.ref is BASE
-        assert iterate(config, built, base)["objective/kl_max"] == 0
+        assert iterate(config, built)["objective/kl_max"] == 0
 
 
 def test_the_critic_of_its_own_starts_as_the_reward_model(base, adapters, context, ppo_config):
@@ -454,7 +295,7 @@ def test_only_policy_and_critic_move(base, adapters, context, ppo_config, critic
     with Roles(base) as roles:
         built = ppo.build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
         before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
-        iterate(config, built, base)
+        iterate(config, built)
         moved = {name for name, p in base.model.named_parameters() if not torch.equal(p, before[name])}
     roles_moved = {name.split(".")[-2] for name in moved}
     assert roles_moved == {"policy"} | ({"critic"} if critic == "own" else set())
@@ -477,7 +318,7 @@ def test_a_wrong_start_is_an_error(base, adapters, context, ppo_config, fault):
             nudge(built)
         try:
             with pytest.raises(RuntimeError, match="does not start where SFT ended"):
-                iterate(config, built, base)
+                iterate(config, built)
         finally:
             base.model.eval()
 
@@ -486,7 +327,7 @@ def test_dropout_of_the_adapters_config_is_off_in_ppo(base, adapters, context, p
     config = ppo_config(reward_source={"kind": "function", "function": "length"})
     with Roles(base) as roles:
         built = ppo.build_actors(config, context(sft=adapters["dropout"]), roles)
-        assert iterate(config, built, base)["objective/kl_max"] == 0
+        assert iterate(config, built)["objective/kl_max"] == 0
 
 
 def test_a_wrong_ratio_alone_is_an_error():

@@ -23,13 +23,13 @@ LONGEST = 36  # about half of the answers end within it
 
 @pytest.fixture
 def config(run_config):
-    def make(steps=1, lr=1e-9, micro=8, rows=24, batch=24, center=True):
+    def make(steps=1, lr=1e-9, micro=8, rows=24, batch=24, center=True, **options):
         return run_config(
             "reward",
             dataset={"limit": rows, "validation_share": 0.15, "max_response_tokens": LONGEST},
             train=Train(steps=steps, batch_size=batch, micro_batch_size=micro),
             optim=Optim(lr=lr, schedule="constant"),
-            reward=Reward(center=center),
+            reward=Reward(center=center, **options),
         )
 
     return make
@@ -197,3 +197,88 @@ def test_the_base_is_as_before(base, bf16_base, config, context, fingerprint, un
         before = fingerprint(which)
         reward.run(config(steps=2, lr=1e-2), context(f"run{number}", on=which))
         unchanged(which, before)
+
+
+# ---------------------------------------------------------------- other losses
+
+
+def token_scorer(base, folder):
+    """Prompt and response -> ids, and the score after each: PEFT's own model, nothing is padded."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    head = load_file(folder / HEAD)
+
+    def scores(prompt: str, response: str) -> tuple[list[int], torch.Tensor]:
+        ids, answer = (
+            base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {response}")
+        )
+        ids = ids[-24:] + [*answer, base.eos_id][:LONGEST]
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+        return ids, hidden[0] @ head["weight"] + head["bias"]
+
+    return scores
+
+
+def plain_losses(base, folder, rows, loss="last_token", label_smoothing=0.0, center_coef=0.0) -> float:
+    """The mean loss of some pairs by the definitions, one pair at a time."""
+    total, scores = 0.0, token_scorer(base, folder)
+    for row in rows:
+        (ids, c), (others, r) = (scores(row.prompt, text) for text in (row.chosen, row.rejected))
+        places = [max(len(ids), len(others)) - 1]
+        if loss == "token_wise":
+            first = next(t for t in range(max(len(ids), len(others))) if ids[t : t + 1] != others[t : t + 1])
+            places = range(first, max(len(ids), len(others)))
+        margins = torch.stack([c[min(t, len(c) - 1)] - r[min(t, len(r) - 1)] for t in places])
+        right, wrong = (1 + (-margins).exp()).log().mean(), (1 + margins.exp()).log().mean()
+        total += float((1 - label_smoothing) * right + label_smoothing * wrong)
+        total += center_coef * float(c[-1] + r[-1]) ** 2
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "token_wise"},
+        {"label_smoothing": 0.2},
+        {"center_coef": 0.3},
+        {"loss": "token_wise", "label_smoothing": 0.1, "center_coef": 0.01},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_the_first_loss_of_every_kind_by_its_definition(base, config, context, options, micro):
+    run, given = config(micro=micro, rows=8, batch=8, center=False, **options), context()
+    reward.run(run, given)
+    rows = load_view(run.dataset, "comparisons", "train")
+    expected = plain_losses(base, given.folder.path, rows, **options)
+    plain = plain_losses(base, given.folder.path, rows)
+    logged = read_metrics(given.folder.path / "metrics.jsonl")[0]
+    assert logged["train/loss"] == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - plain) > 1e-3  # the option is in play
+    scores = oracle(base, given.folder.path, rows)
+    right = float((scores.chosen > scores.rejected).float().mean())
+    assert logged["train/accuracy"] == pytest.approx(right, abs=1e-4)
+
+
+def test_token_wise_training_learns_the_last_tokens_too(config, context):
+    given = context()
+    reward.run(config(steps=15, lr=1e-2, loss="token_wise"), given)
+    metrics = read_metrics(given.folder.path / "metrics.jsonl")
+    assert metrics[-1]["train/loss"] < 0.7 * metrics[0]["train/loss"]
+    assert metrics[-1]["train/accuracy"] > 0.9  # of the scores at the last tokens
+
+
+def test_the_centring_term_moves_the_bias(base, config, context):
+    """Without the shift at the end: the mean of a pair's scores goes to 0 by itself."""
+    means = {}
+    for name, coef in (("off", 0.0), ("on", 1.0)):
+        given = context(name)
+        run = config(steps=15, lr=2e-2, rows=8, batch=8, center=False, center_coef=coef)
+        reward.run(run, given)
+        scores = oracle(base, given.folder.path, load_view(run.dataset, "comparisons", "train"))
+        means[name] = float((scores.chosen + scores.rejected).square().mean())
+    assert means["on"] < 0.2 * means["off"]

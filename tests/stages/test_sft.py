@@ -10,6 +10,7 @@ from rlhf_exp.data.load import load_view
 from rlhf_exp.schema import Lora, Optim, Train
 from rlhf_exp.stages import sft
 from rlhf_exp.tracking import read_lines, read_metrics
+from tests.stages.conftest import tiny
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 LONGEST = 36  # about half of the responses end within it
@@ -132,3 +133,49 @@ def test_in_bfloat16_the_base_is_as_before(bf16_base, config, context, fingerpri
     sft.run(config(steps=2, lr=1e-3), given)
     unchanged(bf16_base, before)
     assert {v.dtype for v in load_file(given.folder.path / WEIGHTS).values()} == {torch.float32}
+
+
+@pytest.fixture
+def own_base():
+    """A base that the test may change."""
+    from rlhf_exp.model.base import load_base
+
+    return load_base(tiny(), "cpu")
+
+
+def test_full_training_takes_adamws_step_with_all_weights(base, own_base, config, context):
+    """Against a step of our own: full logits, mean over response tokens, clipped norm, torch's AdamW."""
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM
+
+    run = config(lr=1e-3, rows=8, batch=8)
+    run.lora.full = True
+    given = context(on=own_base)
+    result = sft.run(run, given)
+    trained = AutoModelForCausalLM.from_pretrained(given.folder.path / "model", dtype="auto")
+
+    model = deepcopy(base.model).requires_grad_(True)
+    losses = []
+    for row in load_view(run.dataset, "demonstrations", "train"):
+        prompt, response = (
+            base.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (row.prompt, f" {row.response}")
+        )
+        prompt, response = prompt[-24:], [*response, base.eos_id][:LONGEST]
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        losses.append(-logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
+    loss = torch.cat(losses).mean()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.0)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+    assert result["train/loss"] == pytest.approx(float(loss), abs=2e-4)
+    expected, before = model.state_dict(), base.model.state_dict()
+    for name, value in trained.state_dict().items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, before[name]), name
+        assert torch.allclose(value, expected[name], atol=2e-5), name
+    assert not (given.folder.path / "adapter").exists()
+    assert not any(p.requires_grad for p in own_base.model.parameters())

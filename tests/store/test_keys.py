@@ -21,10 +21,12 @@ from rlhf_exp.store.keys import canonical, key_document, run_key
 # Written by hand, not read from the schema: what a user may change and still get the same artifact.
 NOT_IN_KEY = {
     # names and paths: what they lead to is hashed instead
-    *("model.name", "model.path", "model.source", "model.revision", "model.licence"),
-    *("dataset.name", "dataset.template.name", "run_name", "output_dir"),
+    *("model.name", "model.path", "model.source", "model.revision"),
+    *("dataset.name", "dataset.template.name", "dataset.revision", "run_name", "output_dir"),
     *("dataset.views.demonstrations", "dataset.views.comparisons", "dataset.views.prompts"),
     *("adapters.sft", "adapters.reward", "adapters.ppo"),
+    # for people
+    *("model.licence", "model.template", "model.notes"),
     # the memory estimate
     *("model.billion_params", "model.layers", "model.hidden_size", "model.vocab_size"),
     # replaced by the dtype that it came to
@@ -66,7 +68,8 @@ def other(field: dataclasses.Field, value: Any) -> Any:
         return value + 1
     if isinstance(value, dict):
         return value | {"seed": 1}
-    return [*value, "more"] if isinstance(value, list) else value + "x"
+    more = 1.5 if "float" in field.type else "more"
+    return [*value, more] if isinstance(value, list) else value + "x"
 
 
 def set_leaf(config: Any, key: str, value: Any) -> None:

@@ -1,0 +1,148 @@
+"""From scored answers to what the update learns from: rewards, advantages, returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.algorithms import baselines
+from rlhf_exp.algorithms.gae import GAE, gae
+from rlhf_exp.algorithms.kl import kl_divergence_estimate, kl_rewards
+from rlhf_exp.algorithms.masked import Moments, masked_mean, masked_sum, whiten
+from rlhf_exp.algorithms.ppo import explained_variance
+from rlhf_exp.rollout.engine import Rollout
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, hidden_before
+from rlhf_exp.schema import PPO, PPORun
+from rlhf_exp.stages import faults
+from rlhf_exp.stages.actors import Actors, policy_and_value
+from rlhf_exp.stages.state import State
+
+
+class Experience(NamedTuple):
+    """What the update learns from; [B, T] over answer tokens, zero where `mask` is False."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    mask: Tensor
+
+
+class Seen(NamedTuple):
+    """What policy, reference and critic say of the answers; [B, T], zero on padding."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    kept_mass: Tensor
+
+
+def shape_scores(
+    ppo: PPO, state: State, scores: Tensor, rollout: Rollout, references: Tensor | None = None
+) -> Tensor:
+    """Scores [B] of the reward source -> what an answer is paid at its end.
+
+    Scaled, clipped, then the rules for answers that never ended and for long ones; the running moments, which `state`
+    keeps, include these scores. references [B] for score_scaling=reference.
+    """
+    if ppo.score_scaling == "reference":
+        scores = scores - references
+    elif ppo.score_scaling == "running":
+        state.scores = state.scores.merge(Moments.of(scores, torch.ones_like(scores, dtype=torch.bool)))
+        deviation = (state.scores.var() + 1e-8).sqrt()
+        scores = ((scores.double() - state.scores.mean) / deviation).to(scores.dtype)
+    if ppo.reward_clip > 0:
+        scores = scores.clamp(-ppo.reward_clip, ppo.reward_clip)
+    unended = ~torch.tensor(rollout.ended, device=scores.device)
+    if ppo.missing_eos == "score":
+        scores = torch.where(unended, ppo.missing_eos_score, scores)
+    else:
+        scores = scores - ppo.missing_eos_penalty * unended.float()
+    lengths = torch.tensor([len(response) for response in rollout.responses], device=scores.device)
+    return scores - ppo.length_penalty * (lengths - ppo.length_budget).clamp(min=0).float()
+
+
+@torch.no_grad()
+def look(config: PPORun, actors: Actors, rollout: Rollout, epoch: list[list[list[int]]]) -> Seen:
+    """Forward every answer, in the micro-batches of the first epoch, in which the update will do it again."""
+    base = actors.base
+    mask = answers(rollout, range(len(rollout.prompts)), base).mask
+    seen = Seen(*(torch.zeros(mask.shape, device=base.device) for _ in Seen._fields))
+    for rows in (rows for minibatch in epoch for rows in minibatch):
+        batch = answers(rollout, rows, base)
+        hidden, value = policy_and_value(actors, batch)
+        now = answer_logprobs(base, hidden, batch, config.generation)
+        ref_hidden = faults.ref_hidden(config.ppo, hidden_before(actors.roles, actors.ref, batch))
+        ref = answer_logprobs(base, ref_hidden, batch, config.generation)
+        found = Seen(now.logprobs, ref.logprobs, value, now.entropy, now.kept_mass)
+        for whole, part in zip(seen, found, strict=True):
+            if part is not None:
+                whole[batch.rows] = padded(part, batch.mask)
+    return seen
+
+
+@torch.no_grad()
+def prepare(
+    config: PPORun,
+    actors: Actors,
+    state: State,
+    rollout: Rollout,
+    scores: Tensor,
+    epoch: list[list[list[int]]],
+) -> tuple[Experience, dict[str, float]]:
+    """Rewards, advantages and returns of the whole batch from the shaped scores [B]; and their metrics."""
+    ppo, base = config.ppo, actors.base
+    mask = answers(rollout, range(len(rollout.prompts)), base).mask
+    seen = look(config, actors, rollout, epoch)
+    kl = kl_divergence_estimate(seen.logprobs, seen.ref_logprobs, ppo.kl_estimator, mask)
+    rewards = kl_rewards(scores, kl, mask, state.kl_coef if ppo.kl_in == "reward" else 0.0)
+    advantages, returns = estimate(ppo, state, rewards, scores, seen.values, mask)
+    sampled = torch.cat(rollout.logprobs).to(base.device)
+    difference = (seen.logprobs[mask] - sampled).abs()
+    log_ratio = seen.logprobs - seen.ref_logprobs
+    metrics = {
+        # of the sampled tokens, so an estimate of the answers' KL; nats an answer
+        "objective/kl": masked_sum(log_ratio, mask) / len(scores),
+        "objective/kl_max": log_ratio.abs().max(),
+        "objective/kl_coef": state.kl_coef,
+        "objective/rewards": rewards.sum() / len(scores),
+        "objective/entropy": faults.mean_entropy(ppo, seen.entropy, seen.logprobs, mask),
+        "response/kept_mass": masked_mean(seen.kept_mass, mask),
+        "rollout/logprob_difference": difference.mean(),
+        "rollout/logprob_difference_max": difference.max(),
+    }
+    if actors.value_head is not None:
+        metrics["critic/explained_variance"] = explained_variance(seen.values, returns, mask)
+    experience = Experience(seen.logprobs, seen.ref_logprobs, seen.values, advantages, returns, mask)
+    return experience, {name: float(value) for name, value in metrics.items()}
+
+
+def estimate(ppo: PPO, state: State, rewards: Tensor, scores: Tensor, values: Tensor, mask: Tensor) -> GAE:
+    """Advantages and returns [B, T] by `ppo.estimator`, zero on padding."""
+    if ppo.estimator == "gae":
+        if ppo.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        rewards, steps = faults.reward_place(ppo, rewards, scores, mask)
+        advantages, returns = (
+            torch.where(mask, x, 0) for x in gae(rewards, values, steps, ppo.gamma, ppo.lam)
+        )
+        return GAE(faults.whiten(ppo, advantages, mask) if ppo.whiten_advantages else advantages, returns)
+    totals = rewards.sum(dim=1)
+    if ppo.estimator == "rloo":
+        worth = baselines.rloo(totals, ppo.samples_per_prompt)
+    elif ppo.estimator == "grpo":
+        worth = baselines.grpo(totals, ppo.samples_per_prompt)
+    else:
+        worth = baselines.reinforce(totals, state.returns)
+        state.returns = state.returns.merge(Moments.of(totals, torch.ones_like(totals, dtype=torch.bool)))
+    # an answer is one action: all of its tokens have its advantage
+    return GAE(torch.where(mask, worth.unsqueeze(1), 0), torch.zeros_like(values))
+
+
+def padded(x: Tensor, mask: Tensor) -> Tensor:
+    """[N] over the True places of `mask` [b, T] -> [b, T], zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
