@@ -24,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 INSTALLED := $(VENV)/.stamp-run
 INSTALLED_TEST := $(VENV)/.stamp-test
 
-.PHONY: help run test test-all lint format fetch install constraints clean
+.PHONY: help run test test-all mutants lint format fetch install constraints clean
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(INSTALLED_TEST) fetch lint ## Install with the test extra, lint, run the
 
 test-all: $(INSTALLED_TEST) fetch lint ## The same with the long tests
 	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+mutants: $(INSTALLED_TEST) ## Change each sign, bound and mask in rlhf_exp/algorithms: does a test fail? (minutes)
+	@$(PY) -m tests.mutants --jobs $(JOBS) $(ARGS)
 
 lint: $(INSTALLED_TEST) ## Check style and format (ruff)
 	@echo "== lint"

@@ -28,10 +28,6 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}{hint}")
 
 
-class _Stopped(BaseException):
-    """Interrupted, as Hydra must not treat it: as the failure of one trial."""
-
-
 def parser() -> argparse.ArgumentParser:
     """Our flags: those of Hydra that make sense here, under their names."""
     flags = _Parser(prog="rlhf_exp", add_help=False, allow_abbrev=False)
@@ -65,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _report(error)
         return EXIT_BAD_INPUT
-    except (Interrupted, _Stopped):
-        print("stopped by a signal; the same command continues", file=sys.stderr)
+    except Interrupted as error:
+        print(str(error) or "stopped by a signal; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -165,8 +161,6 @@ def task(config: Any) -> float | None:
         return pipeline.run(run, choices)
     except InputError:
         raise
-    except Interrupted as error:
-        raise _Stopped from error
     except Exception:
         if trial:
             traceback.print_exc()  # now; the sweep may go on for hours

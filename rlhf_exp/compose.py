@@ -30,6 +30,7 @@ ROOT = "config"
 # what an upstream stage takes over from the run that needs it, as far as both have it
 INHERITED = ("model", "lora", "strategy", "tracking", "seed", "output_dir", "resume", "device", "threads")
 INHERITED += ("adapters", "upstream")
+GOLD_SEED = 1000  # added to the seed of the gold scorer: past any ensemble's
 COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
 UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
 POLICY = ("ppo", "generation", "reward_source", "eval")
@@ -186,24 +187,30 @@ def to_run(config: DictConfig, *, across: bool = True) -> schema.Run:
     return run
 
 
-def upstream(stage: str, parent: schema.Run, choices: dict[str, str]) -> tuple[schema.Run, dict[str, str]]:
+def upstream(
+    role: str, parent: schema.Run, choices: dict[str, str], half: str | None = None
+) -> tuple[schema.Run, dict[str, str]]:
     """The config of a stage that `parent` needs: its defaults, then what flows, then `upstream.<stage>`.
+
+    role: the stage, or one of several of the same stage: `reward_1` and so on differ from `reward` in the seed only,
+    `gold` in the seed and in what `upstream.gold` sets on top of `upstream.reward`. half: of the comparisons, unless
+    those say which.
 
     Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
     view that the stage reads (else one must be chosen); to ppo and eval also what they share with a ppo or
     pipeline run (the optimiser only from pipeline to ppo). Raises InputError whose lines start with
     `upstream.<stage>: `.
     """
+    stage = schema.stage_of(role)
+    name = role if role == schema.GOLD else stage  # of its settings
     with session():
-        given = overrides.settings(stage, getattr(parent.upstream, stage, {}), tree())
-        if given.problems:
-            raise InputError([f"upstream.{stage}: {problem}" for problem in given.problems])
+        given = _given(name, parent)
         view = schema.VIEW[stage]
         has_view = bool(given.values.get(f"dataset.views.{view}", getattr(parent.dataset.views, view)))
         if not has_view and "dataset" not in given.options:
             raise InputError(
-                f"upstream.{stage}: dataset {parent.dataset.name} has no {view}: choose one that has, "
-                f"'upstream.{stage}={{dataset: ...}}', or give a ready adapter, adapters.{stage}=PATH"
+                f"upstream.{name}: dataset {parent.dataset.name} has no {view}: choose one that has, "
+                f"'upstream.{name}={{dataset: ...}}', or give a ready adapter, adapters.{name}=PATH"
             )
         flowing = _flowing(stage, parent, has_view)
         groups = {g: option for g, option in choices.items() if g.partition("/")[0] in flowing}
@@ -212,12 +219,34 @@ def upstream(stage: str, parent: schema.Run, choices: dict[str, str]) -> tuple[s
         chosen = {"stage": stage, **groups, **given.options}
         try:
             composed = load([f"{group}={option}" for group, option in chosen.items()])
+            if half is not None:
+                given.values.setdefault("dataset.half", half)
             run = _inherit(to_run(composed, across=False), parent, flowing, given)
+            run.seed += _seed_offset(role, parent)
             if problems := schema.problems(run):
                 raise InputError(problems)
         except InputError as error:
-            raise InputError([f"upstream.{stage}: {problem}" for problem in error.problems]) from error
+            raise InputError([f"upstream.{name}: {problem}" for problem in error.problems]) from error
         return run, choices_of(composed.hydra)
+
+
+def _given(name: str, parent: schema.Run) -> overrides.Settings:
+    """What `upstream.<name>` sets; for the gold scorer on top of what the reward model is set to."""
+    names = ("reward", name) if name == schema.GOLD else (name,)
+    found = overrides.Settings()
+    for each in names:
+        given = overrides.settings(schema.stage_of(each), getattr(parent.upstream, each, {}), tree())
+        if given.problems:
+            raise InputError([f"upstream.{each}: {problem}" for problem in given.problems])
+        found = overrides.Settings(found.options | given.options, found.values | given.values)
+    return found
+
+
+def _seed_offset(role: str, parent: schema.Run) -> int:
+    """A seed of its own for each reward model: equal ones would start, and so err, alike."""
+    if role == schema.GOLD:
+        return 0 if "seed" in parent.upstream.gold else GOLD_SEED
+    return schema.member_of(role) or 0
 
 
 def _flowing(stage: str, parent: schema.Run, has_view: bool) -> list[str]:
@@ -226,7 +255,7 @@ def _flowing(stage: str, parent: schema.Run, has_view: bool) -> list[str]:
     if isinstance(parent, schema.PPORun) and stage in ("ppo", "eval"):
         names += POLICY
         if stage == "ppo":
-            names.append("optim")
+            names += ["optim", "selfcheck"]
     if isinstance(parent, schema.EvalRun) and stage == "ppo":
         names.append("reward_source")  # what is evaluated as reward is what it was trained on
     theirs = {f.name for f in fields(parent)} & {f.name for f in fields(schema.RUNS[stage])}

@@ -20,5 +20,8 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved (exit code 75)."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop (exit code 75); the text says which, and where the same command goes on.
+
+    Not an Exception, as KeyboardInterrupt is none: nobody who expects trouble of another kind may swallow it.
+    """

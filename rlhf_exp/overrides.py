@@ -138,9 +138,8 @@ class Checker:
         if parts[0] == "upstream" and ".".join(parts[:2]) in self.known and len(parts) > 1:
             nested = {parts[2]: value} if len(parts) > 2 else value
             if isinstance(nested, Mapping):
-                yield from (
-                    f"upstream.{parts[1]}: {p}" for p in settings(parts[1], nested, self.tree).problems
-                )
+                found = settings(schema.stage_of(parts[1]), nested, self.tree)
+                yield from (f"upstream.{parts[1]}: {p}" for p in found.problems)
                 return
         if key not in self.known:
             yield self.unknown(key)

@@ -18,6 +18,9 @@ from rlhf_exp.fields import did_you_mean, group, leaf, leaves, undeclared, value
 
 STAGES = ("sft", "reward", "ppo", "ilql", "eval", "pipeline")
 VIEWS = ("demonstrations", "comparisons", "prompts")
+LEARNED = "learned"  # of reward_source.kind, in reward_source.parts, of the two golds
+GOLD = "gold"  # the role of a gold scorer that is learned
+ACTIONS = ("warn", "raise_kl", "lower_lr", "rollback", "stop")  # of a guard
 # which view of its dataset a stage reads
 VIEW = {
     "sft": "demonstrations",
@@ -123,6 +126,7 @@ class Template:
     response: str = leaf(" {response}", doc="Format of the response; the EOS token follows it.")
     turn: str = leaf("{prompt} {response}\n", doc="Format of each earlier exchange of a dialogue.")
     system: str = leaf("{system}\n", doc="Format of the system message, where there is one.")
+    preamble: str = leaf("", doc="Text that stands before everything, once.")
     truncate: str = leaf(
         "left",
         doc="A prompt that is too long loses its left end, right end, or (tldr) the post's last paragraphs.",
@@ -208,6 +212,11 @@ class Dataset:
         choices=("heldout", "train"),
     )
     limit: int = leaf(0, doc="At most this many training rows; 0 takes all.", ge=0)
+    half: str | None = leaf(
+        None,
+        doc="Train on this half of the comparisons (by hash of the prompt) only; reward_source.gold=learned sets it.",
+        choices=("first", "second"),
+    )
     on_bad_row: str = leaf(
         "error", doc="A row that cannot be read: stop, or leave it out and count.", choices=("error", "skip")
     )
@@ -315,6 +324,66 @@ class Generation:
         doc="sampled: old, new and reference log-probs under the distribution that was sampled from, on its recorded"
         " kept sets; raw: temperature 1 and no processors, as most systems do, biased wherever one is on.",
         choices=("sampled", "raw"),
+    )
+
+
+@dataclass
+class Guards:
+    """What is watched while PPO trains, and what follows (docs/guards.md). A bound of 0: that guard is off."""
+
+    patience: int = leaf(
+        10,
+        doc="Iterations for which a guard that fired stays silent, so that its action can take hold.",
+        ge=0,
+    )
+    baseline: int = leaf(
+        3, doc="First iterations whose mean length is what length_share is a share of.", gt=0
+    )
+    empty_rate: float = leaf(0.5, doc="Fires above this share of answers without a visible character.", ge=0)
+    empty_action: str = leaf("warn", doc="On too many empty answers.", choices=ACTIONS)
+    length_floor: float = leaf(0.0, doc="Fires when answers are shorter, mean tokens without EOS.", ge=0)
+    length_share: float = leaf(
+        0.5, doc="Fires when the mean length is below this share of the first iterations'.", ge=0, lt=1
+    )
+    length_action: str = leaf("warn", doc="On short or shrunken answers.", choices=ACTIONS)
+    eos_rate: float = leaf(
+        0.05,
+        doc="Fires when fewer answers end by themselves, unless the first iteration's did not either.",
+        ge=0,
+    )
+    eos_action: str = leaf("warn", doc="On answers that no longer end.", choices=ACTIONS)
+    distinct_2: float = leaf(
+        0.1, doc="Fires below this distinct-2 (Li et al. 2016) over the batch, unless it began below.", ge=0
+    )
+    distinct_2_action: str = leaf("warn", doc="On answers that are all alike.", choices=ACTIONS)
+    repetition: float = leaf(
+        0.5, doc="Fires above this share of repeated 4-grams in an answer (Welleck et al. 2020).", ge=0
+    )
+    repetition_action: str = leaf("warn", doc="On answers that repeat themselves.", choices=ACTIONS)
+    entropy: float = leaf(0.05, doc="Fires below this entropy, nats a token, unless it began below.", ge=0)
+    entropy_action: str = leaf("warn", doc="On a policy that hardly draws any more.", choices=ACTIONS)
+    kl: float = leaf(50.0, doc="Fires above this KL to the reference, nats an answer.", ge=0)
+    kl_action: str = leaf("warn", doc="On a policy far from where it started.", choices=ACTIONS)
+    clipfrac: float = leaf(0.5, doc="Fires above this share of clipped ratios.", ge=0)
+    clipfrac_action: str = leaf("warn", doc="On updates that are mostly clipped away.", choices=ACTIONS)
+    hacking_window: int = leaf(
+        10,
+        doc="Iterations over which the score rises while the gold score falls (reward_source.gold): overoptimisation "
+        "(Gao et al. 2022); at least 4.",
+        ge=0,
+    )
+    hacking_z: float = leaf(
+        2.0,
+        doc="How clear both trends must be, standard deviations of Kendall's S (Mann 1945); at 2 and 10 iterations "
+        "pure noise has a trend in 1.4 % of windows.",
+        gt=0,
+    )
+    hacking_action: str = leaf("warn", doc="On a score that rises while gold falls.", choices=ACTIONS)
+    max_recoveries: int = leaf(
+        2,
+        doc="Recoveries from nan or inf (back to the last sound adapter, half the learning rate) before the run "
+        "stops; 0: it stops at the first.",
+        ge=0,
     )
 
 
@@ -456,6 +525,12 @@ class PPO:
     vf_coef: float = leaf(0.1, doc="Weight of the value loss.", ge=0)
     cliprange_value: float | None = leaf(0.2, doc="Value clip around the rollout's values; null: off.", gt=0)
     save_every: int = leaf(10, doc="Iterations between kept policy adapters.", gt=0)
+    best_metric: str = leaf(
+        "auto",
+        doc="What the best kept adapter has most of, any metric of an iteration; auto: objective/gold where there is "
+        "a gold scorer, else objective/scores - kl_coef * objective/kl.",
+    )
+    guards: Guards = group(Guards, doc="What is watched while it trains, and what follows.")
     faults: list[str] = leaf(
         [],
         doc="Known mistakes of other recipes to repeat, by name (stages/faults.py); what each breaks is said.",
@@ -516,13 +591,33 @@ class ILQL:
 class RewardSource:
     kind: str = leaf(
         "learned",
-        doc="learned: the reward stage's adapter; function: a rule from rlhf_exp.rewards.",
-        choices=("learned", "function"),
+        doc="learned: the reward stage's adapter; function: a rule from rlhf_exp.rewards; sum: of several (parts).",
+        choices=("learned", "function", "sum"),
     )
     function: str = leaf(
         "sentiment",
         doc="Which rule, for kind=function: sentiment, length, relevance, optimality, regex:PATTERN, "
         "python:module.function.",
+    )
+    parts: list[str] = leaf(
+        [], doc="What kind=sum adds up: WEIGHT*learned or WEIGHT*RULE each, such as [1*learned,-0.01*length]."
+    )
+    ensemble: int = leaf(
+        1,
+        doc="Reward adapters, trained with seed, seed + 1, ...; learned is then what they agree on.",
+        ge=1,
+        le=100,
+    )
+    ensemble_lambda: float = leaf(
+        0.5,
+        doc="Learned score of an ensemble: mean - ensemble_lambda * standard deviation of its members' (Coste et al. "
+        "2023, UWO, there with the variance).",
+        ge=0,
+    )
+    gold: str = leaf(
+        "none",
+        doc="A scorer that the policy is not trained on, logged as objective/gold: none, a rule, or learned: another "
+        "reward model, on the other half of the comparisons (after Gao et al. 2022).",
     )
 
 
@@ -531,7 +626,8 @@ class Evaluation:
     prompts: int = leaf(64, doc="Held-out prompts; 0 takes all.", ge=0)
     gold: str = leaf(
         "sentiment",
-        doc="A scorer the policy was not trained on: a rule as in reward_source.function, or none.",
+        doc="A scorer the policy was not trained on: a rule as in reward_source.function, learned (the model of "
+        "reward_source.gold=learned), or none.",
     )
     samples: int = leaf(6, doc="Prompts shown side by side in the tables.", ge=0)
     samples_per_prompt: int = leaf(
@@ -563,6 +659,12 @@ class Adapters:
 
     sft: str | None = leaf(None, doc="Instead of training sft; 'base': the base model as it is.", keyed=False)
     reward: str | None = leaf(None, doc="Instead of training reward.", keyed=False)
+    reward_ensemble: list[str] = leaf(
+        [],
+        doc="Instead of training the members of reward_source.ensemble: one adapter for each.",
+        keyed=False,
+    )
+    gold: str | None = leaf(None, doc="Instead of training the model of gold=learned.", keyed=False)
     ppo: str | None = leaf(None, doc="Instead of training ppo (for eval).", keyed=False)
 
 
@@ -572,6 +674,9 @@ class Upstream:
 
     sft: dict[str, Any] = leaf({}, doc="For the sft stage.", keyed=False)
     reward: dict[str, Any] = leaf({}, doc="For the reward stage.", keyed=False)
+    gold: dict[str, Any] = leaf(
+        {}, doc="For the reward stage that makes the gold scorer, on top of upstream.reward.", keyed=False
+    )
     ppo: dict[str, Any] = leaf({}, doc="For the ppo stage.", keyed=False)
 
 
@@ -585,8 +690,15 @@ class Run:
     output_dir: str = leaf("outputs", doc="Run folders are output_dir/<stage>/<key>.", keyed=False)
     resume: str = leaf(
         "auto",
-        doc="auto: reuse what has the same key; never: start another.",
+        doc="auto: reuse what has the same key, and continue what is unfinished; never: start another.",
         choices=("auto", "never"),
+        keyed=False,
+    )
+    checkpoint_every: int = leaf(
+        0,
+        doc="Steps (iterations of ppo) between the checkpoints that an interrupted run continues from; 0: as often "
+        "as writing them takes no more than 2 % of the time.",
+        ge=0,
         keyed=False,
     )
     dry_run: bool = leaf(False, doc="Print the plan and the memory estimate, then stop.", keyed=False)
@@ -622,6 +734,13 @@ class PPORun(Run):
     optim: Optim = group(Optim, doc="Optimiser.")
     generation: Generation = group(Generation, doc="The sampler.")
     reward_source: RewardSource = group(RewardSource, doc="What scores a response.")
+    selfcheck: str = leaf(
+        "strict",
+        doc="Before PPO trains, what has to hold is looked at on a few prompts: strict stops if it does not, warn "
+        "says so.",
+        choices=("strict", "warn", "off"),
+        keyed=False,
+    )
 
 
 @dataclass
@@ -687,6 +806,29 @@ def views_of(config: Run) -> tuple[str, ...]:
     return (view_of(config), *(("demonstrations",) if more else ()))
 
 
+def learns(source: RewardSource) -> bool:
+    """Whether a reward source needs reward models."""
+    return source.kind == "learned" or (
+        source.kind == "sum" and any(part.partition("*")[2].strip() == LEARNED for part in source.parts)
+    )
+
+
+def proxies(source: RewardSource) -> tuple[str, ...]:
+    """The roles of a reward source's models: reward, then reward_1, reward_2, ... of an ensemble."""
+    return ("reward", *(f"reward_{i}" for i in range(1, source.ensemble))) if learns(source) else ()
+
+
+def member_of(role: str) -> int | None:
+    """The place in the ensemble of a proxy's role, from 0; None for another role."""
+    head, _, number = role.partition("_")
+    return None if head != "reward" else int(number or 0)
+
+
+def stage_of(role: str) -> str:
+    """The stage that makes what takes this role: the gold scorer and an ensemble's members are of stage reward."""
+    return "reward" if role == GOLD or member_of(role) is not None else role
+
+
 def _across(config: Run) -> Iterator[str]:
     """Rules that join several keys."""
     if getattr(config.dataset.views, view_of(config)) is None:
@@ -696,8 +838,8 @@ def _across(config: Run) -> Iterator[str]:
         yield f"lora.targets is [auto], but model {config.model.name} has no lora_targets: name the modules"
     if config.lora.full and config.stage != "sft":
         yield (
-            f"lora.full is for sft: all stages share one base, so {config.stage} trains adapters; to train all "
-            "weights first: 'upstream.sft={lora: full}'"
+            f"lora.full is for sft, not for {config.stage}: the other stages share one base; to train all weights "
+            "first: 'upstream.sft={lora: full}'"
         )
     if not config.lora.targets:
         yield "lora.targets must name a module, or be [auto]"
@@ -713,6 +855,7 @@ def _across(config: Run) -> Iterator[str]:
     if isinstance(config, ILQLRun) and not (config.ilql.betas and min(config.ilql.betas) >= 0):
         yield f"ilql.betas must hold a number, and none below 0, got {config.ilql.betas}"
     if isinstance(config, PPORun | EvalRun | ILQLRun):
+        yield from _across_source(config)
         least, most = config.generation.min_new_tokens, config.generation.max_new_tokens
         if least >= most:
             rule = "generation.min_new_tokens must be less than generation.max_new_tokens"
@@ -734,6 +877,38 @@ def _across(config: Run) -> Iterator[str]:
         )
 
 
+def _across_source(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
+    source, given = config.reward_source, config.adapters
+    if source.kind == "sum" and not source.parts:
+        yield "reward_source.kind=sum needs reward_source.parts, such as [1*learned,-0.01*length]"
+    if source.kind != "sum" and source.parts:
+        yield f"reward_source.parts is for reward_source.kind=sum, which is {source.kind}"
+    if source.ensemble > 1 and not learns(source):
+        yield (
+            f"reward_source.ensemble={source.ensemble} is of learned reward models, but the reward source has none: "
+            "set it to 1, or choose reward_source=learned"
+        )
+    compared = isinstance(config, ILQLRun) and config.ilql.data == "comparisons"
+    if compared and source.gold == LEARNED and config.dataset.half != "first":
+        yield (
+            "ilql.data=comparisons would learn from those that reward_source.gold=learned is trained on: set "
+            "dataset.half=first"
+        )
+    members = len(given.reward_ensemble)
+    if members and members != source.ensemble:
+        yield (
+            f"adapters.reward_ensemble names {members} adapters, but reward_source.ensemble={source.ensemble}: "
+            "they must be as many"
+        )
+    if given.reward and (members or source.ensemble > 1):
+        yield "adapters.reward is one reward model: for an ensemble set adapters.reward_ensemble=[...] instead"
+    if isinstance(config, EvalRun | PipelineRun) and config.eval.gold == LEARNED != source.gold:
+        yield (
+            "eval.gold=learned is the model of reward_source.gold=learned, which halves the comparisons between it "
+            f"and the reward model: set that too (it is {source.gold})"
+        )
+
+
 def _across_ppo(config: PPORun) -> Iterator[str]:
     ppo = config.ppo
     if ppo.estimator in ("rloo", "grpo") and ppo.samples_per_prompt < 2:
@@ -745,15 +920,44 @@ def _across_ppo(config: PPORun) -> Iterator[str]:
         yield "ppo.kl_in=loss needs ppo.kl_estimator=k2 or k3: the gradient of k1 is 0 on average"
     if ppo.kl_in == "loss" and ppo.kl_control == "adaptive":
         yield "ppo.kl_control=adaptive steers the penalty in the reward: it needs ppo.kl_in=reward"
+    if ppo.kl_control == "adaptive":
+        answers = ppo.batch_size * ppo.samples_per_prompt
+        if answers >= 5 * ppo.kl_horizon:
+            yield (
+                f"ppo.kl_horizon={ppo.kl_horizon:g} is too short for {answers} answers an iteration: one step could "
+                "take kl_coef below 0; it must be more than a fifth of them"
+            )
+        if ppo.kl_coef == 0:
+            yield "ppo.kl_control=adaptive multiplies ppo.kl_coef, which is 0 and would stay so: start above 0"
+    if ppo.critic_warmup >= ppo.steps:
+        yield (
+            f"ppo.critic_warmup={ppo.critic_warmup} leaves the policy no iteration: it must be less than ppo.steps="
+            f"{ppo.steps}"
+        )
+    if ppo.estimator != "gae" and (ppo.critic_lr is not None or ppo.critic != "trunk"):
+        yield f"ppo.critic and ppo.critic_lr are of a critic, but ppo.estimator={ppo.estimator} has none"
     if ppo.critic_warmup and ppo.estimator != "gae":
         yield f"ppo.critic_warmup={ppo.critic_warmup} trains a critic, but ppo.estimator={ppo.estimator} has none"
-    if ppo.critic_init == "reward" and (ppo.critic != "own" or config.reward_source.kind != "learned"):
-        yield "ppo.critic_init=reward needs ppo.critic=own and reward_source.kind=learned"
+    if ppo.critic_init == "reward" and (ppo.critic != "own" or not learns(config.reward_source)):
+        yield "ppo.critic_init=reward needs ppo.critic=own and reward_source.kind=learned (or a sum with it)"
+    yield from _across_guards(config)
     if ppo.ptx_coef > 0 and config.dataset.views.demonstrations is None:
         yield (
             f"ppo.ptx_coef={ppo.ptx_coef} trains on demonstrations too, but dataset.views.demonstrations is null: "
             f"dataset {config.dataset.name} has none"
         )
+
+
+def _across_guards(config: PPORun) -> Iterator[str]:
+    guards, ppo = config.ppo.guards, config.ppo
+    for key, _, value in leaves(guards):
+        if value == "raise_kl" and (ppo.kl_in == "loss" or ppo.kl_coef == 0):
+            yield (
+                f"ppo.guards.{key}=raise_kl raises the penalty in the reward: it needs ppo.kl_in=reward and "
+                "ppo.kl_coef above 0"
+            )
+    if 0 < guards.hacking_window < 4:
+        yield f"ppo.guards.hacking_window must be at least 4, or 0 for off, got {guards.hacking_window}"
 
 
 def problems(config: Run, *, across: bool = True) -> list[str]:

@@ -87,7 +87,7 @@ def test_console_script_is_the_command_line():
 def test_help_lists_every_verb_with_a_line():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     verbs = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
-    assert {"help", "run", "test", "test-all", "lint", "format", "clean"} <= set(verbs)
+    assert {"help", "run", "test", "test-all", "mutants", "lint", "format", "clean"} <= set(verbs)
     shown = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
     listed = re.findall(r"^  make (\S+) +\S.{10,}$", shown, re.MULTILINE)
     assert sorted(listed) == sorted(verbs)

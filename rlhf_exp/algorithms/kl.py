@@ -64,10 +64,13 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
         e_t      = clip((KL - KL_target) / KL_target, -0.2, 0.2)
         beta_t+1 = beta_t (1 + K_beta e_t)
     K_beta = episodes / horizon, as in the code of that paper (0.1 in its text). kl in nats an answer, as `target`;
-    `episodes` answers were sampled since the last update. Raises ValueError unless target and horizon are positive.
+    `episodes` answers were sampled since the last update. Raises ValueError unless target and horizon are positive,
+    and for a horizon so short that one step could take the coefficient below 0.
     """
     for name, value in (("target", target), ("horizon", horizon)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    if episodes >= 5 * horizon:
+        raise ValueError(f"horizon must be more than a fifth of the {episodes} episodes, got {horizon}")
     error = min(max((kl - target) / target, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)

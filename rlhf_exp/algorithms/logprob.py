@@ -21,7 +21,7 @@ from rlhf_exp.algorithms.repetition import Repetition, penalise, penalise_gradie
 from rlhf_exp.algorithms.shapes import at_least_float32, check_shapes
 from rlhf_exp.algorithms.support import Support
 
-LOGIT_BUDGET = 2**24  # logits held at once: 64 MB in float32, of which a chunk needs about four
+LOGIT_BUDGET = 2**24  # logits held at once: 64 MB in float32, of which a chunk needs about two
 
 
 def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
@@ -61,7 +61,7 @@ class LinearLogprobs(NamedTuple):
     """Float32[N] each (float64 for float64 hidden states); `logprobs` carries a gradient, `entropy` on demand."""
 
     logprobs: Tensor  # of the targets, under the distribution that was sampled from
-    entropy: Tensor  # of that distribution, in nats
+    entropy: Tensor | None  # of that distribution, in nats; None where it was not asked for
     kept_mass: Tensor  # what the unrestricted distribution at this temperature gives to the kept set
 
 
@@ -76,6 +76,7 @@ def linear_logprobs(
     chunk_size: int | None = None,
     repetition: Repetition | None = None,
     entropy_gradient: bool = False,
+    entropy: bool = True,
 ) -> LinearLogprobs:
     """log softmax((hidden @ weight.T + bias) / temperature)[target], renormalised on the kept tokens.
 
@@ -89,6 +90,9 @@ def linear_logprobs(
     hidden = ((onehot - p) * d logits' / d logits) @ weight / temperature is complete in the forward: it is
     computed there, only when asked for, and scaled in the backward. Nothing is recomputed and no [N, V] is kept.
     With `entropy_gradient` the entropy's is too: d H / d logits' = -p (log p + H).
+
+    The softmax is taken once, in place: e = exp(logits - max), of which sums, log-probs and the gradient are made.
+    The division by the sum is left to [N, d]. `entropy=False` saves its two passes over the logits.
 
     Raises ValueError for a target outside the vocabulary or its kept set, naming the position (a silent -inf
     would become a NaN loss), and for an output layer that wants a gradient (`token_logprobs` gives one).
@@ -134,6 +138,7 @@ def linear_logprobs(
             chunk_size,
             with_gradient,
             with_gradient and entropy_gradient,
+            entropy or entropy_gradient,
         )
     )
 
@@ -153,9 +158,11 @@ class _LinearLogprobs(torch.autograd.Function):
         chunk_size,
         with_gradient,
         entropy_gradient,
+        with_entropy,
     ):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropies, kept_mass = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        logprobs, kept_mass = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
+        entropies = torch.empty_like(logprobs) if with_entropy else None
         kept = torch.ones_like(targets, dtype=torch.bool)
         gradient = torch.empty_like(hidden) if with_gradient else None
         of_entropy = torch.empty_like(hidden) if entropy_gradient else None
@@ -167,31 +174,39 @@ class _LinearLogprobs(torch.autograd.Function):
             if repetition is not None:
                 seen = repetition.seen(rows)
                 factors = penalise(logits, seen, repetition.penalty)
-            logits.div_(temperature)
-            total = logits.logsumexp(dim=1)
+            if temperature != 1:
+                logits.div_(temperature)
+            before = _changed(logits, supports is not None, suppressed, rows)
             _restrict(logits, supports[i] if supports is not None else None, suppressed, rows)
-            kept[rows] = (logits.gather(1, target) != -torch.inf).squeeze(1)
-            normaliser = _normaliser(logits, total, supports is not None, suppressed, rows)
-            logprobs[rows] = logits.gather(1, target).squeeze(1) - normaliser
-            kept_mass[rows] = (normaliser - total).exp()
-            probs = logits.sub_(normaliser.unsqueeze(1)).exp_()
-            terms = torch.special.entr(probs)
-            entropies[rows] = terms.sum(dim=1)
-            if of_entropy is not None:
-                slope = terms.addcmul_(probs, entropies[rows].unsqueeze(1), value=-1)
-                if repetition is not None:
-                    penalise_gradient(slope, seen, factors)
-                of_entropy[rows] = slope.to(hidden.dtype) @ weight / temperature
-            del terms
+            own = logits.gather(1, target)
+            kept[rows] = (own != -torch.inf).squeeze(1)
+            # a softmax without its division: exp(logits - max), in place, and the sums
+            most = logits.amax(dim=1, keepdim=True)
+            exps = logits.sub_(most).exp_()
+            sums = exps.sum(dim=1, keepdim=True)
+            logprobs[rows] = (own - most - sums.log()).squeeze(1)
+            kept_mass[rows] = _kept_mass((most + sums.log()).squeeze(1), before)
+            if entropies is not None:
+                probs = exps / sums
+                terms = torch.special.entr(probs)
+                entropies[rows] = terms.sum(dim=1)
+                if of_entropy is not None:
+                    slope = terms.addcmul_(probs, entropies[rows].unsqueeze(1), value=-1)
+                    if repetition is not None:
+                        penalise_gradient(slope, seen, factors)
+                    of_entropy[rows] = slope.to(hidden.dtype) @ weight / temperature
+                del probs, terms
             if gradient is not None:
-                residual = probs.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+                # (p - onehot) * sums: where p is near 1, onehot - p must not be a difference of rounded products
+                residual = exps.scatter_add_(1, target, -sums)
                 if repetition is not None:
                     penalise_gradient(residual, seen, factors)
-                gradient[rows] = residual.to(hidden.dtype) @ weight / temperature
+                gradient[rows] = residual.to(hidden.dtype) @ weight / (-temperature * sums)
         _check_kept(kept, targets)
         if gradient is not None:
             ctx.save_for_backward(gradient, of_entropy)
-        ctx.mark_non_differentiable(*((kept_mass,) if entropy_gradient else (entropies, kept_mass)))
+        constant = [kept_mass] if entropy_gradient or entropies is None else [entropies, kept_mass]
+        ctx.mark_non_differentiable(*constant)
         return logprobs, entropies, kept_mass
 
     @staticmethod
@@ -201,7 +216,7 @@ class _LinearLogprobs(torch.autograd.Function):
         total = grad_logprobs.unsqueeze(1) * gradient
         if of_entropy is not None:
             total = total + grad_entropy.unsqueeze(1) * of_entropy
-        return total, *[None] * 10
+        return total, *[None] * 11
 
 
 def _restrict(
@@ -215,20 +230,25 @@ def _restrict(
         logits[:, ids] = logits[:, ids].masked_fill(where[rows], -torch.inf)
 
 
-def _normaliser(
-    logits: Tensor,
-    total: Tensor,
-    supported: bool,
-    suppressed: tuple[Tensor, Tensor] | None,
-    rows: slice,
-) -> Tensor:
-    """log sum exp [chunk] over what is kept; `total` where that is everything, which saves a pass over the logits."""
+def _changed(
+    logits: Tensor, supported: bool, suppressed: tuple[Tensor, Tensor] | None, rows: slice
+) -> tuple[Tensor, Tensor] | None:
+    """Rows that `_restrict` will change, bool[chunk], and log sum exp of their logits before; None: no row."""
     if supported:
-        return logits.logsumexp(dim=1)
+        where = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return where, logits.logsumexp(dim=1)
     if suppressed is None:
-        return total
-    changed = suppressed[0][rows].any(dim=1)
-    return total.masked_scatter(changed, logits[changed].logsumexp(dim=1))
+        return None
+    where = suppressed[0][rows].any(dim=1)
+    return where, logits[where].logsumexp(dim=1)
+
+
+def _kept_mass(normaliser: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+    """What the kept tokens have of the unrestricted distribution [chunk], from log sum exp of what is kept."""
+    if before is None:
+        return torch.ones_like(normaliser)
+    where, total = before
+    return torch.ones_like(normaliser).masked_scatter(where, (normaliser[where] - total).exp())
 
 
 def _check_temperature(temperature: float) -> None:

@@ -86,6 +86,8 @@ def encode_prompts(
     first = prefix(tokenizer)
     frames = [frame(dataset.template, asked, tokenizer) for asked in unique]
     encoded = encode_pieces(tokenizer, [f.pieces for f in frames])
+    if encoded and encoded[0][: len(first)] == first:  # a chat template writes it by itself
+        first = []
     known = {asked: first + ids for asked, ids in zip(unique, encoded, strict=True)}
     lengths = {asked: len(ids) for asked, ids in known.items()}
     too_long = [asked for asked, length in lengths.items() if length > dataset.max_prompt_tokens]

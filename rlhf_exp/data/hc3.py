@@ -8,17 +8,14 @@ and counted. The per-domain files of the hub are the same rows without `source`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_exp.data.dialogues import items
-from rlhf_exp.data.records import BadRow, Demonstration, Drop, Prompt, prompt_id, string, text
+from rlhf_exp.data.records import ELI5, BadRow, Demonstration, Drop, Prompt, prompt_id, string, text
 from rlhf_exp.schema import Dataset
 
 WHOSE = {"chatgpt": ("chatgpt",), "human": ("human",), "both": ("human", "chatgpt")}
-# what the authors put after every reddit_eli5 question, in two wordings
-ELI5 = re.compile(r"\s*\b(Please explain|Explain) like I'm five\.?\Z", re.IGNORECASE)
 
 
 def _lines(value: str, dataset: Dataset) -> str:

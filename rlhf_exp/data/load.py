@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.data import sources
-from rlhf_exp.data.records import SPLITS, BadRow, Comparison, Drop, Prompt, Record, kind, opening_id, split_of
+from rlhf_exp.data.records import (
+    SPLITS,
+    BadRow,
+    Comparison,
+    Drop,
+    Prompt,
+    Record,
+    half_of,
+    kind,
+    opening_id,
+    split_of,
+)
 from rlhf_exp.data.templates import check_template
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Dataset
@@ -135,15 +146,15 @@ def load_view(dataset: Dataset, view: str, split: str) -> list[Record]:
     """The records of one split of a view, in the order of the file.
 
     A split without records is an InputError, except validation where `validation_share` is 0.
-    `dataset.limit` keeps the training rows of the smallest prompt ids: a sample spread over the file, and
-    the same prompts in every view.
+    `dataset.half` is of the training comparisons, and comes before `dataset.limit`, which keeps the training rows of
+    the smallest prompt ids: a sample spread over the file, and the same prompts in every view.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}, there are {', '.join(SPLITS)}")
     if split == "heldout" and dataset.evaluate_on == "train":
         split = "train"
     records, _, _ = _view(dataset, view)
-    found = [r for r in records if _split(r, dataset) == split]
+    found = [r for r in records if _split(r, dataset) == split and not _other_half(r, dataset, split)]
     if not found and not (split == "validation" and dataset.validation_share == 0):
         raise InputError(_empty_split(dataset, view, split, len(records)))
     if split == "train" and 0 < dataset.limit < len(found):
@@ -156,9 +167,18 @@ def _split(record: Record, dataset: Dataset) -> str:
     return split_of(opening_id(record.prompt), dataset.validation_share, dataset.heldout_share)
 
 
+def _other_half(record: Record, dataset: Dataset, split: str) -> bool:
+    """Whether `dataset.half` leaves a record out. Only of training: validation pairs serve both halves alike."""
+    if dataset.half is None or split != "train" or not isinstance(record, Comparison):
+        return False
+    return half_of(opening_id(record.prompt)) != dataset.half
+
+
 def _empty_split(dataset: Dataset, view: str, split: str, records: int) -> str:
     shares = f"validation_share={dataset.validation_share}, heldout_share={dataset.heldout_share}"
     change = "lower them" if split == "train" else f"raise dataset.{split}_share"
+    if split == "train" and dataset.half:
+        shares += f", half={dataset.half}"
     name = getattr(dataset.views, view)
     return (
         f"dataset.views.{view}={name}: none of the {records} records falls into the {split} split "
@@ -169,7 +189,10 @@ def _empty_split(dataset: Dataset, view: str, split: str, records: int) -> str:
 def statistics(dataset: Dataset, view: str) -> Statistics:
     """Rows, records a split (before `dataset.limit`), what was left out and why, length-only baseline."""
     records, rows, dropped = _view(dataset, view)
-    splits = Counter(_split(r, dataset) for r in records)
+    places = [(r, _split(r, dataset)) for r in records]
+    splits = Counter(split for r, split in places if not _other_half(r, dataset, split))
+    if others := len(records) - splits.total():
+        dropped = {**dropped, "of the other half": others}
     share = longer_chosen(records) if view == "comparisons" else None
     return Statistics(view, rows, {split: splits[split] for split in SPLITS}, dict(dropped), share)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 SPLITS = ("train", "validation", "heldout")
+# what the authors of HC3 put after every reddit_eli5 question, in two wordings
+ELI5 = re.compile(r"\s*\b(Please explain|Explain) like I'm five\.?\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,15 @@ def opening_id(prompt: Asked) -> int:
     """The id that decides the split: of the first prompt of a dialogue, whatever its whitespace.
 
     Published sets hold a dialogue once for each of its turns: its beginnings must not be trained on where its
-    end is evaluated.
+    end is evaluated. What HC3 appends to questions, and dataset.hc3.strip_eli5 takes off, does not count either.
     """
     first = prompt if isinstance(prompt, str) else prompt.history[0][0] if prompt.history else prompt.prompt
-    return prompt_id(" ".join(first.split()))
+    return prompt_id(ELI5.sub("", " ".join(first.split())))
+
+
+def half_of(id: int) -> str:
+    """first or second, from an id alone and whatever its split: of prompts that no other model may train on."""
+    return "second" if sha256(f"half:{id}".encode()).digest()[0] & 128 else "first"
 
 
 def split_of(id: int, validation_share: float, heldout_share: float) -> str:

@@ -75,7 +75,7 @@ def frame(template: Template, asked: Asked, tokenizer: Any = None) -> Frame:
     """
     if template.chat:
         return _chat_frame(tokenizer, asked)
-    pieces: list[Piece] = []
+    pieces = [Piece(template.preamble, True)]
     if isinstance(asked, Dialogue):
         if asked.system:
             pieces += _fill(template.system, {"system": asked.system})
@@ -97,7 +97,8 @@ def _chat_frame(tokenizer: Any, asked: Asked) -> Frame:
     dialogue = asked if isinstance(asked, Dialogue) else Dialogue(asked)
     texts = [dialogue.system] * bool(dialogue.system)
     texts += [text for exchange in dialogue.history for text in exchange] + [dialogue.prompt]
-    own = _chat_parts(tokenizer, bool(dialogue.system), len(dialogue.history))
+    template = getattr(tokenizer, "chat_template", None)
+    own = _chat_parts(tokenizer, template, bool(dialogue.system), len(dialogue.history))
     pieces = [Piece(own[0], True)]
     for text, part in zip(texts, own[1:], strict=True):
         pieces += [Piece(text, False), Piece(part, True)]
@@ -105,13 +106,13 @@ def _chat_frame(tokenizer: Any, asked: Asked) -> Frame:
 
 
 @lru_cache(maxsize=256)
-def _chat_parts(tokenizer: Any, system: bool, exchanges: int) -> tuple[str, ...]:
+def _chat_parts(tokenizer: Any, template: str | None, system: bool, exchanges: int) -> tuple[str, ...]:
     """What a chat template writes before, between and after the messages of a dialogue, up to the answer.
 
     The messages are marks that no template knows, which are then looked for in what it makes of them. Models that
     can think before they answer (Qwen3) are asked not to: the answers in the data hold no thoughts.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not template:
         raise InputError(
             "dataset/template=chat: the model's tokenizer has no chat template; choose another, such as plain"
         )

@@ -2,8 +2,8 @@
 
     tokenised(tokenizer, tokenizer_key, dataset, "comparisons", "train") -> Tokenised
 
-That is the data's content, every keyed setting of the dataset, the tokenizer and the versions of the libraries that
-run it. A file that is not whole is made anew. Nothing here imports torch.
+That is the texts, the template and the limits, the tokenizer and the versions of the libraries that run it. A file
+that is not whole is made anew. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.data.encode import Cuts, encode_prompts, encode_responses
-from rlhf_exp.data.load import fingerprint, load_view
+from rlhf_exp.data.load import load_view
+from rlhf_exp.data.records import Record
 from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Dataset
 from rlhf_exp.store import atomic
@@ -43,29 +44,34 @@ class Tokenised:
 
 def tokenised(tokenizer: Any, tokenizer_key: str, dataset: Dataset, view: str, split: str) -> Tokenised:
     """From the cache, else tokenised and put there. tokenizer_key: a hash of the tokenizer's files and settings."""
-    path = cache_dir() / "tokenised" / f"{_key(tokenizer_key, dataset, view, split)}.safetensors"
+    records = load_view(dataset, view, split)
+    path = cache_dir() / "tokenised" / f"{_key(tokenizer_key, dataset, view, records)}.safetensors"
     found = _read(path, ANSWERS[view])
     if found is None:
-        found = _tokenise(tokenizer, dataset, view, split)
+        found = _tokenise(tokenizer, dataset, view, records)
         _write(path, found)
     return found
 
 
-def _key(tokenizer_key: str, dataset: Dataset, view: str, split: str) -> str:
+def _key(tokenizer_key: str, dataset: Dataset, view: str, records: Sequence[Record]) -> str:
+    """A hash of the texts themselves: what a loader makes of a file may change while the file does not."""
+    texts = sha256()
+    for record in records:
+        texts.update(repr((record.prompt, *(getattr(record, name) for name in ANSWERS[view]))).encode())
     parts = {
         "version": VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "tokenizer": tokenizer_key,
-        "data": fingerprint(dataset, view),
-        "dataset": canonical(dataset),
+        "texts": texts.hexdigest(),
+        "template": canonical(dataset.template),
+        "most": [dataset.max_prompt_tokens, dataset.max_response_tokens],
         "view": view,
-        "split": split,
     }
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenise(tokenizer: Any, dataset: Dataset, view: str, split: str) -> Tokenised:
-    records, cuts = load_view(dataset, view, split), Cuts()
+def _tokenise(tokenizer: Any, dataset: Dataset, view: str, records: Sequence[Record]) -> Tokenised:
+    cuts = Cuts()
     prompts = encode_prompts(tokenizer, dataset, [record.prompt for record in records], cuts)
     answers = {
         name: encode_responses(tokenizer, dataset, [getattr(record, name) for record in records], cuts=cuts)

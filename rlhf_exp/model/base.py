@@ -7,11 +7,13 @@ load_base(config.model, device) -> Base
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Model
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # what a model's folder must give for `load_base`; also what its content hash covers
-FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json")
-FILES += ("*.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,14 +32,12 @@ TOKENIZER = (
     "merges.txt",
     "added_tokens.json",
 )
-TOKENIZER += ("chat_template*",)
+TOKENIZER += ("vocab.txt", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+FILES = (*WEIGHTS, "config.json", *TOKENIZER)
 # in their place where a folder has none
 BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-# config entries that put something between the hidden states and the logits besides the output layer
-BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-# how configs name the model's own dropouts
-DROPOUTS = ("dropout", "pdrop", "layerdrop")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass
@@ -93,7 +91,7 @@ def resolve(model: Model, *, download: bool = False) -> Path | None:
     None only for a hub model that is not on this machine when `download` is False; with it the files are
     fetched. Raises InputError when the model is not here and cannot be had, with what to do about it.
     """
-    if model.path is not None and Path(model.path).expanduser().is_dir():
+    if model.path and Path(model.path).expanduser().is_dir():
         folder = Path(model.path).expanduser()
         if not (folder / "config.json").is_file():
             raise InputError(f"model.path={model.path} is no model folder: it has no config.json")
@@ -114,6 +112,10 @@ def resolve(model: Model, *, download: bool = False) -> Path | None:
         raise InputError(f"model.path is not set: model {model.name} needs a folder or a hub id")
     if model.path.startswith((".", "/", "~")):
         raise InputError(f"model.path={model.path}: there is no such folder")
+    if not HUB_ID.fullmatch(model.path):
+        raise InputError(
+            f"model.path={model.path}: there is no such folder, and it is no hub id (owner/name)"
+        )
     return _from_hub(model, download)
 
 
@@ -122,10 +124,13 @@ def _from_hub(model: Model, download: bool) -> Path | None:
 
     allowed = [*FILES, "generation_config.json", "*.jinja"]
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+        folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+        if _is_whole(folder, model):  # a download that was interrupted leaves a part
+            return folder
     except Exception:  # the hub library's several ways to say "not in the cache"
-        if not download:
-            return None
+        pass
+    if not download:
+        return None
     try:
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
         if not any(folder.glob(WEIGHTS[0])):
@@ -138,6 +143,18 @@ def _from_hub(model: Model, download: bool) -> Path | None:
             f"model {model.path} is not on this machine and could not be downloaded ({reason}): "
             "set model.path to a local folder, or HF_HOME to a cache that has it"
         ) from error
+
+
+def _is_whole(folder: Path, model: Model) -> bool:
+    """Whether a snapshot has config, a tokenizer, and every weight file that an index names."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("tokenizer*")):
+        return False
+    if model.from_scratch:
+        return True
+    for index in (*folder.glob(WEIGHTS[1]), *folder.glob(BIN[1])):
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        return all((folder / name).is_file() for name in named)
+    return any(folder.glob(WEIGHTS[0])) or any(folder.glob(BIN[0]))
 
 
 def content_hash(folder: Path, model: Model | None = None, seed: int = 0) -> str:
@@ -197,81 +214,19 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
     hidden states times the output layer (soft caps, scales), which would make every log-prob here wrong.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_exp.model import baichuan, quantize, shapes
+    from rlhf_exp.model import loading, quantize, shapes
     from rlhf_exp.model.quiet import no_progress_bars
 
-    baichuan.register()
     device = resolve_device(device)
     quantize.require(model, device)
     folder = path or resolve(model, download=True)
     dtype = getattr(torch, resolve_dtype(model.dtype, device))
     if not model.from_scratch and any(folder.glob(BIN[0])) and not any(folder.glob(WEIGHTS[0])):
         shapes.of_model(folder)  # torch refuses a file that names code, too, but tells how to run it
-    try:
-        with no_progress_bars():
-            if model.from_scratch:
-                loaded = _draw(folder, dtype, seed).to(device)
-            elif model.quantization == "none":
-                config = _without_dropout(folder)
-                loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device)
-            else:  # a quantised model is put on its device while it is read, and cannot be moved
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    config=_without_dropout(folder),
-                    dtype=dtype,
-                    quantization_config=quantize.config_of(model, dtype),
-                    device_map={"": device},
-                )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"cannot load the model in {folder}: {reason}") from error
-    if model.eos_token is not None:
-        _end_with(tokenizer, model.eos_token, folder)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer in {folder} has no EOS token, so no answer could end")
-    _refuse_bent_logits(loaded.config.get_text_config(), folder)
+    with no_progress_bars():
+        tokenizer = loading.read_tokenizer(model, folder)
+        loaded = loading.read_model(model, folder, dtype, device, seed)
     loaded.requires_grad_(False).eval()
+    loading.require_straight_logits(loaded, folder)
     return Base(loaded, tokenizer, folder, content_hash(folder, model, seed), dtype, torch.device(device))
-
-
-def _without_dropout(folder: Path) -> Any:
-    """The model's config with its own dropouts (GPT-2, OPT) at 0: a Trainer's train mode would switch them on."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    for name, value in vars(config.get_text_config()).items():
-        if name.endswith(DROPOUTS) and isinstance(value, int | float):
-            setattr(config.get_text_config(), name, 0.0)
-    return config
-
-
-def _end_with(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> None:
-    """Make `token` the one that ends an answer; the pad token stays."""
-    if token not in tokenizer.get_vocab():
-        raise InputError(
-            f"model.eos_token={token!r} is not one token of the tokenizer in {folder}; its own is "
-            f"{tokenizer.eos_token!r} (model.eos_token=null)"
-        )
-    tokenizer.eos_token = token
-
-
-def _draw(folder: Path, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """A model of config.json's shape, its weights drawn as its architecture prescribes, from the seed alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(_without_dropout(folder), dtype=dtype)
-
-
-def _refuse_bent_logits(config: Any, folder: Path) -> None:
-    for name in BENT_LOGITS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"the model in {folder} changes its logits after the output layer ({name}="
-                f"{getattr(config, name)}), which is not supported: its log-probs would be wrong"
-            )

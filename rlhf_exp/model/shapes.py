@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import torchfile
@@ -81,15 +82,15 @@ def _indexed(index: Path) -> set[Path]:
 def of_config(folder: Path) -> Shapes:
     """What the weights of a model would be, from its config.json alone. Imports torch, allocates nothing."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from rlhf_exp.model import baichuan
+    from rlhf_exp.model import loading
 
-    baichuan.register()
+    config = loading.read_config(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(config, **loading.OURS_ONLY)
+    except Exception as error:  # a foreign file can make it say anything
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{folder / 'config.json'} describes no model: {reason}") from error
     return _as_built({name: tuple(weight.shape) for name, weight in model.named_parameters()}, folder)
@@ -147,9 +148,13 @@ class Size:
 
 def output_width(folder: Path) -> int:
     """The length of the hidden states that heads read: OPT-350M projects its own to another."""
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config") or config
-    return config.get("word_embed_proj_dim") or next(config[name] for name in WIDTH if name in config)
+    config = _config(folder)
+    width = config.get("word_embed_proj_dim") or next(
+        (config[name] for name in WIDTH if name in config), None
+    )
+    if not isinstance(width, int):
+        raise InputError(f"{folder / 'config.json'} does not say how wide the model is")
+    return width
 
 
 def q_head(kind: str, hidden_size: int, vocabulary: int) -> int:
@@ -160,17 +165,26 @@ def q_head(kind: str, hidden_size: int, vocabulary: int) -> int:
 
 def context_of(folder: Path) -> int | None:
     """The longest sequence in tokens that the model has positions for; None where config.json does not say."""
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config") or config
+    config = _config(folder)
     names = ("max_position_embeddings", "n_positions", "model_max_length", "seq_length")
-    return next((config[name] for name in names if config.get(name)), None)
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, of a model of text and images the part about text."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config") or config
+        config.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a model's config: {error}") from error
+    return config
 
 
 def size_of(folder: Path, weights: Shapes | None = None) -> Size:
     """From config.json and the weights' shapes, by default those of the folder's files."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config = config.get("text_config") or config
+        config = _config(folder)
         layers = next(
             config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config
         )

@@ -1,4 +1,4 @@
-"""What scores a response besides a reward model, by name: as reward (`reward_source.function`) or as `eval.gold`.
+"""What scores a response besides a reward model, by name: as reward (`reward_source.function`), a part of it or gold.
 
     sentiment  length            rules
     regex:PATTERN                1 where the pattern is found
@@ -24,10 +24,11 @@ from rlhf_exp.data import randomwalks
 from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean
 from rlhf_exp.rewards import relevance, rules, user
-from rlhf_exp.schema import EvalRun, ILQLRun, PPORun, RandomWalks, Run
+from rlhf_exp.rewards.parts import readable
+from rlhf_exp.schema import LEARNED, EvalRun, ILQLRun, PPORun, RandomWalks, Run
 
 Texts = Sequence[str]
-NONE = "none"  # of eval.gold
+NONE = "none"  # of eval.gold and reward_source.gold
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ FUNCTIONS = {
 }
 
 
-def _of(spec: str) -> tuple[Function, str]:
+def _of(spec: str, key: str = "reward_source.function") -> tuple[Function, str]:
     name, _, argument = spec.partition(":")
     if name not in FUNCTIONS:
-        hint = did_you_mean(name, FUNCTIONS)
-        hint = hint or f"; choose one of {', '.join(FUNCTIONS)}"
+        # where a reward model can stand too
+        known = [*FUNCTIONS, *([LEARNED] if key != "reward_source.function" else [])]
+        hint = did_you_mean(name, known) or f"; choose one of {', '.join(known)}"
         if "." in spec:
             hint = f"; a function of your own is python:{spec}"
         raise InputError(f"there is no function {name}{hint}")
@@ -98,7 +100,7 @@ def _of(spec: str) -> tuple[Function, str]:
 def check(spec: str, key: str = "reward_source.function") -> None:
     """Raise InputError, in which `key` is the config key that holds it, unless `spec` can score. Loads no model."""
     with _named(f"{key}={spec}"):
-        function, argument = _of(spec)
+        function, argument = _of(spec, key)
         function.check(argument)
 
 
@@ -116,7 +118,7 @@ def fingerprint(spec: str, key: str = "reward_source.function") -> str | None:
     from rlhf_exp.model.base import content_hash
 
     with _named(f"{key}={spec}"):
-        function, argument = _of(spec)
+        function, argument = _of(spec, key)
         found = [
             content_hash(path) if path.is_dir() else sha256(path.read_bytes()).hexdigest()
             for path in function.files(argument)
@@ -135,25 +137,39 @@ def _named(name: str) -> Iterator[None]:
 
 def of_config(config: Run) -> dict[str, str]:
     """{key: spec} of the functions that a run of ppo, ilql or eval scores with."""
-    found = {}
-    if isinstance(config, PPORun | ILQLRun | EvalRun) and config.reward_source.kind == "function":
-        found["reward_source.function"] = config.reward_source.function
-    if isinstance(config, EvalRun) and config.eval.gold != NONE:
+    if not isinstance(config, PPORun | ILQLRun | EvalRun):
+        return {}
+    found = {part.key: part.spec for part in readable(config.reward_source)[0]}
+    if isinstance(config, EvalRun):
         found["eval.gold"] = config.eval.gold
-    return found
+    else:
+        found["reward_source.gold"] = config.reward_source.gold
+    models = {"reward_source.function": ()}  # where `learned` would be a rule of that name
+    return {key: spec for key, spec in found.items() if spec not in models.get(key, (LEARNED, NONE))}
 
 
 def check_config(config: Run) -> None:
     """`check` of all functions of a run, and that optimality is about the graph that the prompts are from."""
-    problems = []
+
+    def act(spec: str, key: str) -> None:
+        check(spec, key)
+        _same_graph(config, key, spec)
+
+    _each(config, act)
+
+
+def _each(config: Run, act: Callable[[str, str], Any]) -> dict[str, Any]:
+    """{key: act(spec, key)} of the functions of a run. InputError with the problems of all, unreadable parts too."""
+    source = getattr(config, "reward_source", None)
+    found, problems = {}, readable(source)[1] if source else []
     for key, spec in of_config(config).items():
         try:
-            check(spec, key)
-            _same_graph(config, key, spec)
+            found[key] = act(spec, key)
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
+    return found
 
 
 def _same_graph(config: Run, key: str, spec: str) -> None:
@@ -178,5 +194,4 @@ def _said(task: RandomWalks) -> str:
 
 def fingerprints(config: Run) -> dict[str, str]:
     """{key: fingerprint} of the functions of a run whose content is not in the config: part of the store's key."""
-    found = {key: fingerprint(spec, key) for key, spec in of_config(config).items()}
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in _each(config, fingerprint).items() if value}

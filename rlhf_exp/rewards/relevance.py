@@ -88,9 +88,10 @@ def _load(folder: Path, device: str) -> Encoder:
 
     try:
         with no_progress_bars(), torch.random.fork_rng(devices=[]):
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, **local).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    except Exception as error:  # a foreign folder can make it say anything
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot load the encoder in {folder}: {reason}") from error
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,13 @@ from rlhf_exp.model.base import Base
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.scoring import Answers, hidden_before
-from rlhf_exp.schema import PPO, PPORun
+from rlhf_exp.schema import GOLD, LEARNED, PPO, PPORun, proxies
 from rlhf_exp.stages import faults
 from rlhf_exp.stages.context import Context
 
 EMA = "ema"  # the role, and the folder of its adapter
+
+Heads = dict[str, ScalarHead]  # of reward models, by role
 
 
 @dataclass
@@ -27,13 +30,18 @@ class Actors:
     ref: str | None  # the role that is the reference; None where there was no SFT: the plain base
     critic: str  # the role whose hidden states the value head reads
     value_head: ScalarHead | None  # None: there is no critic (estimators but gae)
-    reward_head: ScalarHead | None
+    reward_heads: Heads  # of the reward models and of the gold scorer, as far as they are learned
     detached: bool = False  # whether the value loss stops at the head
     ema: bool = False  # whether a role keeps an average of the policy
 
     @property
     def base(self) -> Base:
         return self.roles.base
+
+    @property
+    def reward_head(self) -> ScalarHead | None:
+        """Of the (first) reward model."""
+        return self.reward_heads.get("reward")
 
     def critic_parameters(self) -> list[torch.nn.Parameter]:
         """The value head, and the critic's adapter where it has its own."""
@@ -61,7 +69,7 @@ class Actors:
 
 
 def build_actors(config: PPORun, context: Context, roles: Roles) -> Actors:
-    """Put the roles on the base: policy and reference from the SFT adapter, reward from the reward adapter."""
+    """Put the roles on the base: policy and reference from the SFT adapter, reward from the reward adapters."""
     ppo, sft = config.ppo, context.adapter("sft")
     for role, trainable in (("policy", True), (EMA, False)):
         if role == EMA and ppo.ema_decay == 0:
@@ -72,21 +80,30 @@ def build_actors(config: PPORun, context: Context, roles: Roles) -> Actors:
             roles.new(role, lora_config(config.lora, config.model), config.seed, trainable=trainable)
     if sft is not None:
         roles.load("ref", sft)
-    reward_head = None
-    if config.reward_source.kind == "learned":
-        roles.load("reward", context.adapter("reward"))
-        reward_head = ScalarHead.load(context.head("reward")).requires_grad_(False).to(roles.base.device)
+    models = proxies(config.reward_source)
+    heads = load_reward_models(models, context, roles)
+    gold = [GOLD] if config.reward_source.gold == LEARNED else []
     ref = faults.reference(ppo, "ref" if sft is not None else BASE)
-    critic, value_head = build_critic(config, context, roles, reward_head)
+    critic, value_head = build_critic(config, context, roles, heads.get("reward"))
     return Actors(
         roles,
         ref,
         critic,
         value_head,
-        faults.reward_head(ppo, reward_head, config.seed),
+        {role: faults.reward_head(ppo, head, config.seed) for role, head in heads.items()}
+        | load_reward_models(gold, context, roles),
         detached=ppo.critic == "detached",
         ema=ppo.ema_decay > 0,
     )
+
+
+def load_reward_models(names: Iterable[str], context: Context, roles: Roles) -> Heads:
+    """Put reward adapters on the base, frozen, each as the role of its name in the plan; and their heads."""
+    heads = {}
+    for name in names:
+        roles.load(name, context.adapter(name))
+        heads[name] = ScalarHead.load(context.head(name)).requires_grad_(False).to(roles.base.device)
+    return heads
 
 
 def build_critic(
@@ -99,8 +116,11 @@ def build_critic(
     value_head, critic = ScalarHead(roles.base.hidden_size), "policy"
     if ppo.critic == "own":
         critic = "critic"
-        # starts as the reward model (Stiennon et al. 2020, section 3.4)
-        if reward_head is not None and ppo.critic_init != "zero":
+        # starts as the (first) reward model (Stiennon et al. 2020, section 3.4); a sum is on another scale
+        starts = ppo.critic_init == "reward" or (
+            ppo.critic_init == "auto" and config.reward_source.kind == LEARNED
+        )
+        if reward_head is not None and starts:
             roles.load(critic, context.adapter("reward"), trainable=True)
             value_head.load_state_dict(reward_head.state_dict())
         else:
@@ -113,10 +133,21 @@ def policy_and_value(actors: Actors, batch: Answers, detached: bool = False) -> 
 
     detached: the values give no gradient to the policy, whatever the critic; None: there is no critic.
     """
+    hidden, read = states(actors, batch)
+    return hidden, values(actors, read, detached)
+
+
+def states(actors: Actors, batch: Answers) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [N, d] before each answer token: the policy's, and those that the value head reads."""
     hidden = hidden_before(actors.roles, "policy", batch)
     if actors.value_head is None:
         return hidden, None
-    if actors.critic != "policy":
-        return hidden, actors.value_head(hidden_before(actors.roles, actors.critic, batch))
-    seen = hidden.detach() if detached or actors.detached else hidden
-    return hidden, actors.value_head(seen)
+    return hidden, hidden if actors.critic == "policy" else hidden_before(actors.roles, actors.critic, batch)
+
+
+def values(actors: Actors, read: Tensor | None, detached: bool = False) -> Tensor | None:
+    """The critic's values [N] of the states [N, d] that it reads; see `policy_and_value`."""
+    if read is None:
+        return None
+    alone = actors.critic == "policy" and (detached or actors.detached)
+    return actors.value_head(read.detach() if alone else read)

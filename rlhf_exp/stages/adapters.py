@@ -25,8 +25,8 @@ WEIGHTS, BIN, CONFIG, BASE = (
 )
 
 
-def locate(stage: str, given: str, tracking: Tracking, output_dir: str) -> Path:
-    """The folder that `adapters.<stage>` names; an MLflow runs:/ URI is downloaded into the cache."""
+def locate(stage: str, given: str, tracking: Tracking, output_dir: str, setting: str) -> Path:
+    """The folder that `setting`, a config key, names; an MLflow runs:/ URI is downloaded into the cache."""
     if given.startswith("runs:/"):
         from rlhf_exp.tracking.mlflow_store import download
 
@@ -37,22 +37,22 @@ def locate(stage: str, given: str, tracking: Tracking, output_dir: str) -> Path:
         return into
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise InputError(f"adapters.{stage}={given}: there is no such folder")
+        raise InputError(f"{setting}={given}: there is no such folder")
     if (folder / MODEL).is_dir():
         raise InputError(
-            f"adapters.{stage}={given} holds a whole model, no adapter: set model.path={folder / MODEL} "
+            f"{setting}={given} holds a whole model, no adapter: set model.path={folder / MODEL} "
             "adapters.sft=base"
         )
     if not (adapter_folder(folder) / CONFIG).is_file():
         raise InputError(
-            f"adapters.{stage}={given}: no {CONFIG} in it: it is neither a run folder nor a PEFT folder"
+            f"{setting}={given}: no {CONFIG} in it: it is neither a run folder nor a PEFT folder"
         )
     return folder
 
 
-def check(stage: str, folder: Path, base: Path, base_hash: str) -> None:
+def check(stage: str, folder: Path, base: Path, base_hash: str, setting: str) -> None:
     """InputError unless the folder holds a whole LoRA adapter of this base (and a head, for reward)."""
-    key = f"adapters.{stage}={folder}"
+    key = f"{setting}={folder}"
     adapter = adapter_folder(folder)
     if (folder / "run.json").is_file():
         RunFolder(folder).verify()

@@ -18,6 +18,7 @@ from rlhf_exp.tracking import RunLog, Tracker
 
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
+    from rlhf_exp.stages.checkpoint import Checkpoint
 
 ADAPTER, HEAD, CRITIC, CHECKPOINTS = "adapter", "head", "critic", "checkpoints"
 HEAD_FILE = "head.safetensors"
@@ -33,13 +34,21 @@ class Context:
     folder: RunFolder
     tracker: Tracker
     parents: dict[str, Path] = field(default_factory=dict)  # stage -> its run folder or PEFT folder
+    checkpoint_every: int = 0  # steps; 0: as often as that costs little
 
     @contextmanager
-    def log(self, stage: str, steps: int, show: Sequence[tuple[str, str, str]]) -> Iterator[RunLog]:
-        """metrics.jsonl, samples.jsonl, the tracker and a progress bar for `steps` steps."""
+    def log(
+        self,
+        stage: str,
+        steps: int,
+        show: Sequence[tuple[str, str, str]],
+        found: Checkpoint | None = None,
+    ) -> Iterator[RunLog]:
+        """metrics.jsonl, samples.jsonl, the tracker and a progress bar for `steps` steps, from a checkpoint on."""
+        position = found.log if found else None
         with (
             Progress(stage, steps, show) as progress,
-            RunLog(self.folder.path, self.tracker, progress) as log,
+            RunLog(self.folder.path, self.tracker, progress, hold=True, position=position) as log,
         ):
             yield log
 

@@ -22,14 +22,14 @@ from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.evaluation import interval, rouge, text
 from rlhf_exp.evaluation.report import write_report
-from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
-from rlhf_exp.rewards import functions
-from rlhf_exp.rewards.source import score
+from rlhf_exp.rewards import functions, parts
+from rlhf_exp.rewards.source import by_gold, score
 from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.rollout.scoring import answers, by_length, chosen, hidden_before, untruncated_kl
-from rlhf_exp.schema import EvalRun, Generation
+from rlhf_exp.schema import GOLD, LEARNED, EvalRun, Generation, proxies
+from rlhf_exp.stages.actors import Heads, load_reward_models
 from rlhf_exp.stages.context import CHECKPOINTS, MODEL, Context
 from rlhf_exp.tracking import how_to_open, read_metrics, tracking_uri
 
@@ -73,9 +73,9 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
     found: list[Measured] = []
     everyone = candidates(config, context)
     with Roles(context.base) as roles, context.log("eval", len(everyone), SHOW) as log:
-        head = load_scorer(config, context, roles)
+        heads = load_scorer(config, context, roles)
         for number, candidate in enumerate(everyone, 1):
-            measured = measure(config, context, roles, head, candidate, prompts, encoded)
+            measured = measure(config, context, roles, heads, candidate, prompts, encoded)
             found.append(measured)
             log.step(number, measured.metrics | {"policy_step": float(candidate.step)})
             log.samples(number, sample_rows(measured, prompts))
@@ -119,18 +119,17 @@ def made_by_sft(folder: Path) -> bool:
     return folder.name == MODEL and folder.parent.parent.name == "sft"
 
 
-def load_scorer(config: EvalRun, context: Context, roles: Roles) -> ScalarHead | None:
-    if config.reward_source.kind != "learned":
-        return None
-    roles.load("reward", context.adapter("reward"))
-    return ScalarHead.load(context.head("reward")).requires_grad_(False).to(roles.base.device)
+def load_scorer(config: EvalRun, context: Context, roles: Roles) -> Heads:
+    """The reward models that score, gold included, as roles; and their heads."""
+    gold = [GOLD] if config.eval.gold == LEARNED else []
+    return load_reward_models([*proxies(config.reward_source), *gold], context, roles)
 
 
 def measure(
     config: EvalRun,
     context: Context,
     roles: Roles,
-    head: ScalarHead | None,
+    heads: Heads,
     candidate: Candidate,
     prompts: list[Prompt],
     encoded: list[list[int]],
@@ -143,7 +142,7 @@ def measure(
     count = config.eval.samples_per_prompt
     keys = [row_key(config.seed, 0, prompt.id, sample) for prompt in prompts for sample in range(count)]
     rollout = write(context, roles, role, repeat(encoded, count), keys, config.generation)
-    texts, scores = scored(config, roles, head, repeat(prompts, count), rollout)
+    texts, scores = scored(config, roles, heads, repeat(prompts, count), rollout)
     means = {name: means_of(values, count) for name, values in scores.items()}
     metrics: dict[str, float] = {}
     for name, values in means.items():
@@ -152,7 +151,7 @@ def measure(
     if config.eval.greedy:
         one = replace(config.generation, greedy=True)
         best = write(context, roles, role, encoded, keys[::count], one)
-        greedy, best_scores = scored(config, roles, head, prompts, best)
+        greedy, best_scores = scored(config, roles, heads, prompts, best)
         metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in best_scores.items()}
     metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
@@ -192,15 +191,15 @@ def write(
 
 
 def scored(
-    config: EvalRun, roles: Roles, head: ScalarHead | None, prompts: list[Prompt], rollout: Rollout
+    config: EvalRun, roles: Roles, heads: Heads, prompts: list[Prompt], rollout: Rollout
 ) -> tuple[list[str], dict[str, list[float]]]:
     """The answers' texts, and their reward and gold score."""
     shown = judged(rollout)
     texts = roles.base.tokenizer.batch_decode(shown, skip_special_tokens=True)
-    scores = {"reward": score(config.reward_source, roles, head, rollout.prompts, shown, ROWS)}
+    scores = {"reward": score(config.reward_source, roles, heads, rollout.prompts, shown, ROWS)}
     if config.eval.gold != functions.NONE:
         asked = [str(prompt.prompt) for prompt in prompts]
-        scores["gold"] = functions.score(config.eval.gold, asked, texts, str(roles.base.device))
+        scores["gold"] = by_gold(config.eval.gold, roles, heads, rollout.prompts, shown, asked, ROWS)
     return texts, scores
 
 
@@ -251,9 +250,7 @@ def publish_report(config: EvalRun, context: Context, evaluation: dict[str, Any]
         "model": config.model.name,
         "dataset": config.dataset.name,
         "held-out prompts" if config.dataset.evaluate_on == "heldout" else "training prompts": str(prompts),
-        "reward": "learned reward model"
-        if config.reward_source.kind == "learned"
-        else config.reward_source.function,
+        "reward": parts.said(config.reward_source),
         "gold": config.eval.gold,
         "seed": str(config.seed),
         **{f"{stage} run": str(folder) for stage, folder in context.parents.items()},

@@ -10,18 +10,38 @@ from torch import Tensor
 from rlhf_exp.algorithms import baselines
 from rlhf_exp.algorithms.gae import GAE, gae
 from rlhf_exp.algorithms.kl import kl_divergence_estimate, kl_rewards
+from rlhf_exp.algorithms.logprob import LinearLogprobs
 from rlhf_exp.algorithms.masked import Moments, masked_mean, masked_sum, whiten
 from rlhf_exp.algorithms.ppo import explained_variance
 from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.rollout.scoring import answer_logprobs, answers, hidden_before
 from rlhf_exp.schema import PPO, PPORun
 from rlhf_exp.stages import faults
-from rlhf_exp.stages.actors import Actors, policy_and_value
+from rlhf_exp.stages.actors import Actors, states, values
 from rlhf_exp.stages.state import State
 
 
+class Forward(NamedTuple):
+    """The policy's forward over one micro-batch, with its graph: what the losses of the micro-batch are made of."""
+
+    rows: list[int]  # in the order of the forward
+    hidden: Tensor  # [N, d]
+    read: Tensor | None  # [N, d], the states that the value head reads; None: no critic
+    now: LinearLogprobs
+    weights: int  # the state of the trained weights it was done with
+
+
+def state_of(actors: Actors) -> int:
+    """Changes whenever a trained weight is written to."""
+    return sum(parameter._version for parameter in actors.trainable())
+
+
 class Experience(NamedTuple):
-    """What the update learns from; [B, T] over answer tokens, zero where `mask` is False."""
+    """What the update learns from; [B, T] over answer tokens, zero where `mask` is False.
+
+    Where the whole rollout is one micro-batch, the first update's forward is the one that the old log-probs and
+    values come from. It is kept in `first`, for the update to take out once, and not computed twice.
+    """
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -29,6 +49,17 @@ class Experience(NamedTuple):
     advantages: Tensor
     returns: Tensor
     mask: Tensor
+    first: tuple[list[Forward], ...] = ()
+
+    def of(self, rows: Tensor) -> Experience:
+        """Some rows of the batch."""
+        return Experience(*(part[rows] for part in self[:-1]))
+
+    def take_first(self, minibatch: list[list[int]], weights: int) -> Forward | None:
+        """The forward that is kept for this minibatch and these weights, if there is one; it is gone after that."""
+        kept = self.first[0] if self.first else []
+        found = kept.pop() if kept else None
+        return found if found and [found.rows] == minibatch and found.weights == weights else None
 
 
 class Seen(NamedTuple):
@@ -67,18 +98,31 @@ def shape_scores(
 
 
 @torch.no_grad()
-def look(config: PPORun, actors: Actors, rollout: Rollout, epoch: list[list[list[int]]]) -> Seen:
-    """Forward every answer, in the micro-batches of the first epoch, in which the update will do it again."""
+def look(
+    config: PPORun,
+    actors: Actors,
+    rollout: Rollout,
+    epoch: list[list[list[int]]],
+    keep: list[Forward] | None = None,
+) -> Seen:
+    """Forward every answer, in the micro-batches of the first epoch, in which the update will do it again.
+
+    With `keep` the policy's forwards are put there, each with its graph.
+    """
     base = actors.base
     mask = answers(rollout, range(len(rollout.prompts)), base).mask
     seen = Seen(*(torch.zeros(mask.shape, device=base.device) for _ in Seen._fields))
     for rows in (rows for minibatch in epoch for rows in minibatch):
         batch = answers(rollout, rows, base)
-        hidden, value = policy_and_value(actors, batch)
-        now = answer_logprobs(base, hidden, batch, config.generation)
+        with torch.set_grad_enabled(keep is not None):
+            hidden, read = states(actors, batch)
+            entropic = keep is not None and config.ppo.entropy_coef > 0
+            now = answer_logprobs(base, hidden, batch, config.generation, entropy_gradient=entropic)
+        if keep is not None:
+            keep.append(Forward(rows, hidden, read, now, state_of(actors)))
         ref_hidden = faults.ref_hidden(config.ppo, hidden_before(actors.roles, actors.ref, batch))
-        ref = answer_logprobs(base, ref_hidden, batch, config.generation)
-        found = Seen(now.logprobs, ref.logprobs, value, now.entropy, now.kept_mass)
+        ref = answer_logprobs(base, ref_hidden, batch, config.generation, entropy=False)
+        found = Seen(now.logprobs, ref.logprobs, values(actors, read), now.entropy, now.kept_mass)
         for whole, part in zip(seen, found, strict=True):
             if part is not None:
                 whole[batch.rows] = padded(part, batch.mask)
@@ -97,7 +141,9 @@ def prepare(
     """Rewards, advantages and returns of the whole batch from the shaped scores [B]; and their metrics."""
     ppo, base = config.ppo, actors.base
     mask = answers(rollout, range(len(rollout.prompts)), base).mask
-    seen = look(config, actors, rollout, epoch)
+    # before the very first update the forwards of old and new log-probs stay two: check_start compares them
+    keep = [] if len(epoch) == len(epoch[0]) == 1 and state.updates > 0 else None
+    seen = look(config, actors, rollout, epoch, keep)
     kl = kl_divergence_estimate(seen.logprobs, seen.ref_logprobs, ppo.kl_estimator, mask)
     rewards = kl_rewards(scores, kl, mask, state.kl_coef if ppo.kl_in == "reward" else 0.0)
     advantages, returns = estimate(ppo, state, rewards, scores, seen.values, mask)
@@ -117,7 +163,8 @@ def prepare(
     }
     if actors.value_head is not None:
         metrics["critic/explained_variance"] = explained_variance(seen.values, returns, mask)
-    experience = Experience(seen.logprobs, seen.ref_logprobs, seen.values, advantages, returns, mask)
+    first = () if keep is None else (keep,)
+    experience = Experience(seen.logprobs, seen.ref_logprobs, seen.values, advantages, returns, mask, first)
     return experience, {name: float(value) for name, value in metrics.items()}
 
 

@@ -28,7 +28,7 @@ FILL = 1.0  # what padding holds in place of log-probs where entropy_over_paddin
 
 @dataclass(frozen=True)
 class Fault:
-    """What breaks, where it was seen, and which checks of the start (`check_start`) cannot hold with it."""
+    """What breaks, where it was seen, and which checks of the start (selfcheck.py, `check_start`) it cannot pass."""
 
     breaks: str
     seen: str
@@ -62,6 +62,7 @@ FAULTS = {
     "score_without_eos": Fault(
         "the reward model scores the answer's text encoded anew, without EOS: an input it was not trained on",
         "the baichuan LoRA recipe",
+        ("reward_tokens",),
     ),
     "sigmoid_scores": Fault(
         "scores are squashed by a sigmoid: differences between good answers vanish",
@@ -70,6 +71,7 @@ FAULTS = {
     "random_reward_head": Fault(
         "the reward model's head is drawn anew: the scores mean nothing",
         "LoRA reward models saved without head",
+        ("reward_head",),
     ),
     "missing_grad_clip": Fault("gradients are not clipped", "TRL's experimental PPO"),
     "reward_at_padded_end": Fault(

@@ -21,14 +21,15 @@ from rlhf_exp.algorithms import ilql as algorithm
 from rlhf_exp.algorithms.logprob import linear_logprobs
 from rlhf_exp.data.load import statistics
 from rlhf_exp.errors import InputError
-from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.ilql_heads import ILQLHeads
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.rewards.source import score
 from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.rollout.scoring import Answers, answers, by_length, hidden_before
-from rlhf_exp.schema import ILQLRun
-from rlhf_exp.stages import supervised
+from rlhf_exp.schema import GOLD, LEARNED, ILQLRun, proxies
+from rlhf_exp.stages import checkpoint, supervised
+from rlhf_exp.stages.actors import Heads, load_reward_models
+from rlhf_exp.stages.checkpoint import Keeper
 from rlhf_exp.stages.context import ADAPTER, HEADS_FILE, ILQL, Context
 from rlhf_exp.stages.experience import padded
 from rlhf_exp.stages.ilql_eval import evaluate
@@ -71,44 +72,55 @@ def run(config: ILQLRun, context: Context) -> dict[str, float]:
     torch.manual_seed(config.seed)
     base = context.base
     with Roles(base) as roles:
-        reward_head = put_roles(config, context, roles)
-        data = load(config, context, roles, reward_head)
+        scorers = put_roles(config, context, roles)
+        data = load(config, context, roles, scorers)
         heads = ILQLHeads(config.ilql.head, base.hidden_size, base.output_layer[0], config.seed)
         heads.to(base.device)
         steps = supervised.steps_of(config.train, len(data.rewards))
-        with context.log("ilql", steps, SHOW) as log:
-            parameters = [*roles.parameters("policy"), *heads.trainable()]
-            optimizer = adamw(parameters, config.optim)
-            scheduler = schedule(optimizer, config.optim, steps)
-            for step in range(1, steps + 1):
-                rows = batch_of(len(data.rewards), config.train.batch_size, config.seed, step)
-                metrics = update(config, roles, heads, data.rows(rows), optimizer, parameters)
-                log.step(step, metrics | {"optim/lr": scheduler.get_last_lr()[0]})
-                scheduler.step()
+        parameters = [*roles.parameters("policy"), *heads.trainable()]
+        optimizer = adamw(parameters, config.optim)
+        scheduler = schedule(optimizer, config.optim, steps)
+        parts = (
+            {"policy": roles.parameters("policy"), "heads": list(heads.parameters())},
+            optimizer,
+            scheduler,
+        )
+        found, metrics = checkpoint.newest(context), {}
+        if found.step:
+            checkpoint.put_back(found.tree, *parts)
+            metrics = found.tree["metrics"]
+        with context.log("ilql", steps, SHOW, found) as log:
+            with Keeper(
+                context, steps, log, lambda: checkpoint.state_of(*parts) | {"metrics": metrics}
+            ) as keeper:
+                for step in range(found.step + 1, steps + 1):
+                    rows = batch_of(len(data.rewards), config.train.batch_size, config.seed, step)
+                    metrics = update(config, roles, heads, data.rows(rows), optimizer, parameters)
+                    log.step(step, metrics | {"optim/lr": scheduler.get_last_lr()[0]})
+                    scheduler.step()
+                    keeper.after(step)
             with context.folder.publish(ADAPTER) as folder:
                 roles.save("policy", folder)
             with context.folder.publish(ILQL) as folder:
                 heads.save(folder / HEADS_FILE)
-            found, samples = evaluate(config, roles, heads, reward_head)
+            found, samples = evaluate(config, roles, heads, scorers)
             log.samples(steps, samples)
     last = {name: metrics[name] for name in ("ilql/loss", "ilql/q_loss", "ilql/v_loss")}
     return found | last | data.metrics
 
 
-def put_roles(config: ILQLRun, context: Context, roles: Roles) -> ScalarHead | None:
-    """The policy from the SFT adapter, and the reward model with its head where rewards are learned."""
+def put_roles(config: ILQLRun, context: Context, roles: Roles) -> Heads:
+    """The policy from the SFT adapter; the reward models that score, gold included, and their heads."""
     sft = context.adapter("sft")
     if sft is not None:
         roles.load("policy", sft, trainable=True)
     else:
         roles.new("policy", lora_config(config.lora, config.model), config.seed)
-    if config.reward_source.kind != "learned":
-        return None
-    roles.load("reward", context.adapter("reward"))
-    return ScalarHead.load(context.head("reward")).requires_grad_(False).to(roles.base.device)
+    gold = [GOLD] if config.reward_source.gold == LEARNED else []
+    return load_reward_models([*proxies(config.reward_source), *gold], context, roles)
 
 
-def load(config: ILQLRun, context: Context, roles: Roles, reward_head: ScalarHead | None) -> Data:
+def load(config: ILQLRun, context: Context, roles: Roles, scorers: Heads) -> Data:
     """The training answers as token ids with their rewards.
 
     Raises InputError where all rewards are equal: there is nothing to tell good from bad by.
@@ -121,7 +133,7 @@ def load(config: ILQLRun, context: Context, roles: Roles, reward_head: ScalarHea
         scores = [1.0] * len(rows) + [-1.0] * len(rows)
     else:
         size = config.train.micro_batch_size
-        scores = score(config.reward_source, roles, reward_head, prompts, responses, size)
+        scores = score(config.reward_source, roles, scorers, prompts, responses, size)
     ended = [bool(ids) and ids[-1] == roles.base.eos_id for ids in responses]
     rewards = torch.tensor(scores, dtype=torch.float64)
     mean, deviation = rewards.mean(), rewards.std(correction=0)

@@ -12,14 +12,15 @@ from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Asked
 from rlhf_exp.evaluation import interval
-from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.ilql_heads import ILQLHeads
 from rlhf_exp.model.roles import Roles
-from rlhf_exp.rewards.source import score
+from rlhf_exp.rewards.functions import NONE
+from rlhf_exp.rewards.source import by_gold, score
 from rlhf_exp.rollout.engine import Adjust, Rollout, generate, judged
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, ILQLRun
-from rlhf_exp.stages.evaluate import join
+from rlhf_exp.stages.actors import Heads
+from rlhf_exp.stages.evaluate import join, means_of
 
 ROWS = 64  # answers generated or scored together
 SAMPLES = 4  # answers a beta written to samples.jsonl
@@ -54,7 +55,7 @@ def prompts_of(config: ILQLRun) -> list[tuple[int, Asked]]:
 
 
 def evaluate(
-    config: ILQLRun, roles: Roles, heads: ILQLHeads, reward_head: ScalarHead | None
+    config: ILQLRun, roles: Roles, heads: ILQLHeads, scorers: Heads
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
     """Mean reward of sampled and of greedy answers for every beta, with the same noise; and some samples.
 
@@ -70,15 +71,21 @@ def evaluate(
         name = f"eval/beta_{beta:g}"
         keys = [row_key(config.seed, 0, asked[i][0], s) for i, s in sampled]
         drawn = decode(roles, steer(heads, beta), [encoded[i] for i, _ in sampled], keys, config.generation)
-        scores = rewards_of(config, roles, reward_head, drawn)
-        metrics[f"{name}/reward"], metrics[f"{name}/reward_se"] = interval.mean_se(scores)
+        scores = rewards_of(config, roles, scorers, drawn)
+        # answers to one prompt are not independent: the error is that of the prompts' means
+        means = means_of(scores, number)
+        metrics[f"{name}/reward"], metrics[f"{name}/reward_se"] = interval.mean_se(means)
+        if (spec := config.reward_source.gold) != NONE:
+            texts = [str(asked[i][1]) for i, _ in sampled]
+            gold = by_gold(spec, roles, scorers, drawn.prompts, judged(drawn), texts, ROWS)
+            metrics[f"{name}/gold"], metrics[f"{name}/gold_se"] = interval.mean_se(means_of(gold, number))
         metrics[f"{name}/length"] = sum(map(len, drawn.responses)) / len(drawn.responses)
         metrics[f"{name}/eos_rate"] = sum(drawn.ended) / len(drawn.ended)
         best.append((metrics[f"{name}/reward"], beta))
 
         greedy = replace(config.generation, greedy=True)
         likely = decode(roles, steer(heads, beta), encoded, keys[::number], greedy)
-        greedy_scores = rewards_of(config, roles, reward_head, likely)
+        greedy_scores = rewards_of(config, roles, scorers, likely)
         metrics[f"{name}/greedy_reward"] = sum(greedy_scores) / len(greedy_scores)
         texts, plain = (
             base.tokenizer.batch_decode(x, skip_special_tokens=True)
@@ -114,8 +121,6 @@ def decode(
     )
 
 
-def rewards_of(
-    config: ILQLRun, roles: Roles, reward_head: ScalarHead | None, rollout: Rollout
-) -> list[float]:
+def rewards_of(config: ILQLRun, roles: Roles, scorers: Heads, rollout: Rollout) -> list[float]:
     """The reward source's score of each answer, as it is, without normalisation."""
-    return score(config.reward_source, roles, reward_head, rollout.prompts, judged(rollout), ROWS)
+    return score(config.reward_source, roles, scorers, rollout.prompts, judged(rollout), ROWS)

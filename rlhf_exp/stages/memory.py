@@ -39,11 +39,17 @@ def estimate(plan: Plan) -> Iterator[str]:
             continue
         parts = _stage(node, plan, size)
         peak = max(peak, base + sum(parts.values()))
-        yield f"{node.stage:6s} + " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
+        yield f"{node.name:6s} + " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
     yield (
         f"peak about {gigabytes(peak)}; with a separate model for each of the four roles the bases alone take "
         + (f"{gigabytes(4 * base)}")
     )
+
+
+def parts(node: Node, plan: Plan) -> dict[str, float] | None:
+    """Bytes that a stage adds to the base at its peak, by what they are for; None where no sizes are known."""
+    size = size_of(plan)
+    return None if size is None else _stage(node, plan, size)
 
 
 def size_of(plan: Plan) -> Size | None:
@@ -93,20 +99,29 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
             "heads": 2 * (TRAINED + 4) * q_head,  # twins, and their copies that are not trained
             "activations": tokens * _kept(size, width),
             "logits": LOGITS,
-        }
+        } | ({"reward": _models(node) * 4 * adapter} if _models(node) else {})
     rows = config.ppo.batch_size * config.ppo.samples_per_prompt if isinstance(config, PPORun) else ROWS
     length = data.max_prompt_tokens + config.generation.max_new_tokens
     cache = 2 * rows * length * size.layers * size.hidden_size * width
     if not isinstance(config, PPORun):
-        return {"adapters": 3 * 4 * adapter, "KV cache": cache, "logits": LOGITS}
+        return {
+            "adapters": (2 + _models(node)) * 4 * adapter,  # with candidate and ref
+            "KV cache": cache,
+            "logits": LOGITS,
+        }
     trained = 2 if config.ppo.critic == "own" and config.ppo.estimator == "gae" else 1
     return {
         "policy": trained * TRAINED * adapter,
-        "ref and reward": 2 * 4 * adapter,
+        "ref and reward": (1 + _models(node)) * 4 * adapter,
         "KV cache": cache,
         "activations": min(rows, config.ppo.micro_batch_size) * length * _kept(size, width),
         "logits": LOGITS,
     }
+
+
+def _models(node: Node) -> int:
+    """Reward models that a stage holds, an ensemble's and the gold scorer included."""
+    return sum(parent.stage == "reward" for parent in node.parents.values())
 
 
 def _kept(size: Size, width: int) -> int:

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.schema import Run
-from rlhf_exp.stages import STAGES, memory, plan, preflight, summary
+from rlhf_exp.stages import STAGES, memory, plan, preflight, signals, summary
 from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, ILQL, MODEL, Context
 from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.store import atomic, states
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
-from rlhf_exp.store.runs import FAILED, KILLED, RunFolder, find, run_folder
+from rlhf_exp.store.runs import FAILED, KILLED, PREFIX, RunFolder, find, run_folder
 from rlhf_exp.tracking import Tracker, open_tracker, require_store, tracked
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 OBJECTIVES = (
     "last/gold",
     "last/reward",
+    "objective/gold",
     "objective/scores",
     "eval/best_reward",
     "validation/accuracy",
@@ -50,9 +53,11 @@ def run(config: Run, choices: dict[str, str]) -> float | None:
         for line in memory.estimate(todo):
             say(line)
         return None
-    if todo.missing:
+    if todo.missing or unsettled(todo) or note_of(todo).exists():
         require_store(config.tracking, config.output_dir)
-        with experiment(todo) as tracker:
+        with signals.listening(), experiment(todo) as tracker:
+            for node in unsettled(todo):
+                settle(node, todo)
             bases = Bases(todo)
             for node in todo.missing:
                 build(node, todo, tracker, bases)
@@ -103,16 +108,63 @@ class Bases:
 
 @contextmanager
 def experiment(todo: Plan) -> Iterator[Tracker | None]:
-    """The MLflow run whose children the stages are; None when only one stage runs, which then stands alone."""
-    config = todo.config
-    if len(todo.missing) == 1 and config.stage != "pipeline":
+    """The MLflow run whose children the stages are; None when only one stage runs, which then stands alone.
+
+    A note beside the run folders keeps its id until it is done: the same command goes on with it after a kill.
+    """
+    config, note = todo.config, note_of(todo)
+    earlier = note.read_text() if note.is_file() and config.resume != "never" else None
+    if len(todo.missing) <= 1 and config.stage != "pipeline" and not earlier:
         yield None
         return
     name = config.run_name or f"{config.stage} {todo.target.key[:6]}"
-    tracker = open_tracker(config.tracking, config.output_dir, name, {"stage": config.stage})
+    tags = {"stage": config.stage}
+    tracker = open_tracker(config.tracking, config.output_dir, name, tags, run_id=earlier)
+    if tracker.run_id:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(note, tracker.run_id.encode())
     with tracked(tracker):
         tracker.tags(cached_tags(todo))
         yield tracker
+    if tracker.run_id:
+        note.unlink(missing_ok=True)
+
+
+def note_of(todo: Plan) -> Path:
+    """Where the id of the experiment's MLflow run is until it has ended."""
+    name = f"{todo.config.stage}-{todo.target.key[:PREFIX]}"
+    return Path(todo.config.output_dir) / ".experiments" / name
+
+
+def unsettled(todo: Plan) -> list[Node]:
+    """Finished stages whose process was killed before their uploads were done."""
+    return [node for node in todo.nodes if node.found and node.found.read().get("tracked") is False]
+
+
+def settle(node: Node, todo: Plan) -> None:
+    """Upload what is missing and end the MLflow run."""
+    folder, config = node.found, todo.config
+    with build_lock(folder.path, say):
+        record = folder.read()
+        if record.get("tracked") is not False:  # another process did it meanwhile
+            return
+        states.remove(folder.path)
+        if run_id := record.get("mlflow_run_id"):
+            name = f"{node.name} {node.key[:6]}"
+            with tracked(open_tracker(config.tracking, config.output_dir, name, run_id=run_id)) as own:
+                upload(folder, own)
+            if own.run_id is None:  # tracking=none now: another time
+                return
+        folder.update(tracked=True)
+
+
+def upload(folder: RunFolder, tracker: Tracker) -> None:
+    """The results of a finished stage."""
+    metrics = folder.read()["metrics"].items()
+    tracker.metrics({f"final/{name}": value for name, value in metrics if value is not None}, step=0)
+    for part in (ADAPTER, HEAD, CRITIC, ILQL):
+        if (folder.path / part).is_dir():
+            tracker.artifact(folder.path / part, part)
 
 
 def cached_tags(todo: Plan) -> dict[str, str]:
@@ -120,9 +172,9 @@ def cached_tags(todo: Plan) -> dict[str, str]:
     found = {}
     for node in todo.nodes:
         if node.found:
-            found[f"cached.{node.stage}"] = node.key
+            found[f"cached.{node.name}"] = node.key
             if run_id := node.found.read().get("mlflow_run_id"):
-                found[f"cached.{node.stage}.run_id"] = run_id
+                found[f"cached.{node.name}.run_id"] = run_id
     return found
 
 
@@ -134,31 +186,30 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None
     with build_lock(folder.path, say):
         node.found = None if fresh else find(config.output_dir, node.stage, node.key)
         if node.found:
-            say(f"{node.stage} {node.key[:6]}: built by another process meanwhile, reused")
+            say(f"{node.name} {node.key[:6]}: built by another process meanwhile, reused")
             return
-        name = f"{node.stage} {node.key[:6]}"
+        earlier = folder.read().get("mlflow_run_id")  # of an attempt that was interrupted
+        name = f"{node.name} {node.key[:6]}"
         tags = {"stage": node.stage, "key": node.key, "folder": str(folder.path.absolute())}
         if tracker is None:
             name = config.run_name or name
             tags |= cached_tags(todo)
-            own = open_tracker(config.tracking, config.output_dir, name, tags)
+            own = open_tracker(config.tracking, config.output_dir, name, tags, run_id=earlier)
         else:
-            own = tracker.child(name, tags)
+            own = tracker.child(name, tags, earlier)
         with tracked(own), recorded(folder, node, own):
             parents = {
                 name: parent.folder
                 for name, parent in node.parents.items()
                 if parent.folder and not parent.makes_base  # that one is the base
             }
-            context = Context(bases.of(node), folder, own, parents)
+            context = Context(bases.of(node), folder, own, parents, config.checkpoint_every)
             metrics = import_module(STAGES[node.stage].module).run(config, context)
             if node.makes_base:
                 bases.forget()
             folder.finish(metrics)  # before the uploads: whatever becomes of them, the result is there
-            own.metrics({f"final/{name}": value for name, value in metrics.items()}, step=0)
-            for part in (ADAPTER, HEAD, CRITIC, ILQL):
-                if (folder.path / part).is_dir():
-                    own.artifact(folder.path / part, part)
+            upload(folder, own)
+        folder.update(tracked=True)
         node.found = folder
 
 
@@ -168,16 +219,20 @@ def recorded(folder: RunFolder, node: Node, tracker: Tracker) -> Iterator[None]:
     inputs: dict[str, Any] = {**node.inputs, "parents": {}}
     for name, parent in node.parents.items():
         path = None if parent.folder is None else os.path.relpath(parent.folder, folder.path)
-        inputs["parents"][name] = {"stage": name, "key": node.inputs["parents"][name]["key"], "path": path}
-    folder.start(inputs, mlflow_run_id=tracker.run_id)
+        inputs["parents"][name] = {
+            "stage": parent.stage,
+            "key": node.inputs["parents"][name]["key"],
+            "path": path,
+        }
+    folder.start(inputs, mlflow_run_id=tracker.run_id, tracked=False)
     try:
         freeze(folder, node.config, sys.argv[1:])
         tracker.params(asdict(node.config))
         for name in (CONFIG, VERSIONS):
             tracker.artifact(folder.path / name)
         yield
-    except (KeyboardInterrupt, SystemExit, Interrupted):
-        folder.fail(KILLED, "stopped by a signal")
+    except (KeyboardInterrupt, SystemExit, Interrupted) as error:
+        folder.fail(KILLED, str(error) if isinstance(error, Interrupted) else "stopped by a signal")
         raise
     except InputError as error:
         folder.fail(FAILED, str(error))

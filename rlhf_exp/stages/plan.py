@@ -16,14 +16,27 @@ from rlhf_exp.data.load import fingerprint
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import base as base_model
 from rlhf_exp.model import quantize, shapes
-from rlhf_exp.rewards import functions
-from rlhf_exp.schema import EvalRun, ILQLRun, PPORun, Run, views_of
+from rlhf_exp.rewards import functions, parts
+from rlhf_exp.schema import (
+    GOLD,
+    LEARNED,
+    EvalRun,
+    ILQLRun,
+    PPORun,
+    RewardSource,
+    Run,
+    member_of,
+    proxies,
+    stage_of,
+    views_of,
+)
 from rlhf_exp.stages import STAGES, adapters
 from rlhf_exp.stages.context import MODEL
 from rlhf_exp.store.keys import run_key
 from rlhf_exp.store.runs import RunFolder, find
 
 ORDER = ("sft", "reward", "ppo", "ilql", "eval")  # each stage comes after all that it can stand on
+FIRST, SECOND = "first", "second"  # of the comparisons: for the reward model, for the gold scorer
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
 
@@ -39,12 +52,16 @@ class BaseFacts:
 
 @dataclass
 class Node:
-    """One stage of the plan: trained here, found finished, or given as an adapter."""
+    """One stage of the plan: trained here, found finished, or given as an adapter.
 
-    stage: str
+    name: its role, which tells apart several of one stage: reward, reward_1, gold.
+    """
+
+    name: str
     config: Run | None
     parents: dict[str, Node] = field(default_factory=dict)
     given: Path | None = None
+    setting: str = ""  # the config key that gives it
     key: str = ""
     data: dict[str, str] = field(default_factory=dict)  # view -> fingerprint
     functions: dict[str, str] = field(default_factory=dict)  # key of a scoring function -> fingerprint
@@ -53,6 +70,10 @@ class Node:
     base: BaseFacts | None = (
         None  # what it is loaded on; the folder of a base that sft is still to make is None
     )
+
+    @property
+    def stage(self) -> str:
+        return stage_of(self.name)
 
     @property
     def folder(self) -> Path | None:
@@ -72,8 +93,8 @@ class Node:
         if self.is_base:
             return "no sft adapter"
         if self.given:
-            return f"{self.stage} {self.key[:6]} (given: {self.given})"
-        return f"{self.stage} {self.key[:6]} ({'cached' if self.found else 'will be trained'})"
+            return f"{self.name} {self.key[:6]} (given: {self.given})"
+        return f"{self.name} {self.key[:6]} ({'cached' if self.found else 'will be trained'})"
 
 
 @dataclass
@@ -97,11 +118,16 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """The plan for people, a line for each role of the target stage and for each stage to build."""
-        name = self.config.model.name
+        name, template = self.config.model.name, self.config.model.template
+        if template != "plain" and self.config.dataset.template.name != template:
+            yield (
+                f"note: {name} was tuned with the template {template}; dataset/template is "
+                f"{self.config.dataset.template.name}"
+            )
         here = self.base.hash[:6] if self.base.folder else "(not on this machine)"
         yield f"base   = {name} {here}, {self.base.dtype} on {self.base.device}"
-        nodes = {node.stage: node for node in self.nodes}
-        sft, reward, ppo = (nodes.get(stage) for stage in ("sft", "reward", "ppo"))
+        nodes = {node.name: node for node in self.nodes}
+        sft, ppo = nodes.get("sft"), nodes.get("ppo")
         if ppo or self.target.stage == "ppo":
             if sft.makes_base:
                 name = f"all weights of {sft}"
@@ -112,8 +138,7 @@ class Plan:
                 yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
             source = (ppo or self.target).config
             if source is not None:
-                function = f"the rule {source.reward_source.function}"
-                yield "reward = " + (f"base {name} + {reward}, frozen" if reward else function)
+                yield from _scorers(source.reward_source, name, nodes)
                 own = (
                     "its own adapter and head" if source.ppo.critic == "own" else "head on the policy's trunk"
                 )
@@ -125,15 +150,31 @@ class Plan:
                 yield f"stage    {node}"
 
 
+def _scorers(source: RewardSource, base: str, nodes: dict[str, Node]) -> Iterator[str]:
+    """The plan's lines of what scores answers."""
+    models = [str(nodes[role]) for role in proxies(source)]
+    if models:
+        each = "each of " if len(models) > 1 else ""
+        learned = f"base {base} + {each}{', '.join(models)}"
+        yield f"reward = {parts.said(source, learned)}, frozen"
+    else:
+        yield f"reward = the rule {parts.said(source)}"
+    if source.gold == LEARNED:
+        yield f"gold   = base {base} + {nodes[GOLD]}, frozen"
+    elif source.gold != functions.NONE:
+        yield f"gold   = the rule {source.gold}"
+
+
 def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
-    """The stages that `stage` stands on. new_base: sft trains all weights, so that its result is the base."""
+    """The roles of what `stage` stands on. new_base: sft trains all weights, so that its result is the base."""
     if stage == "sft":
         return ()
     if stage == "reward":
         return ("sft",) if new_base else ()
     assert isinstance(config, PPORun | ILQLRun | EvalRun)
-    reward = ("reward",) if config.reward_source.kind == "learned" else ()
-    return ("sft", *reward, "ppo") if stage == "eval" else ("sft", *reward)
+    gold = config.eval.gold if isinstance(config, EvalRun) else config.reward_source.gold
+    scorers = (*proxies(config.reward_source), *([GOLD] if gold == LEARNED else []))
+    return ("sft", *scorers, "ppo") if stage == "eval" else ("sft", *scorers)
 
 
 def make(config: Run, choices: dict[str, str]) -> Plan:
@@ -147,15 +188,15 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
     nodes: dict[str, Node] = {}
     new_base = _makes_base(config, choices)
     # from the target down: a stage asks for what it stands on
-    for name in ORDER[ORDER.index(stage) :: -1]:
-        if name == stage or any(
-            name in needs(n.stage, n.config, new_base) for n in nodes.values() if n.config
-        ):
+    for each in ORDER[ORDER.index(stage) :: -1]:
+        asked = [name for n in nodes.values() if n.config for name in needs(n.stage, n.config, new_base)]
+        for name in [stage] if each == stage else dict.fromkeys(n for n in asked if stage_of(n) == each):
             try:
-                nodes[name] = _node(name, stage, config, target_config, choices)
+                half = _half(name, nodes)
+                nodes[name] = _node(name, stage, config, target_config, choices, half)
             except InputError as error:
                 problems += error.problems
-    nodes = {name: nodes[name] for name in ORDER if name in nodes}
+    nodes = {name: node for each in ORDER for name, node in nodes.items() if node.stage == each}
     if config.model.from_scratch and not new_base:
         problems.append(
             "model.from_scratch=true gives random weights, which have to be trained first: add "
@@ -175,6 +216,13 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
                 node.key = adapters.content_key(node.stage, node.given)
         except InputError as error:
             problems += error.problems
+    problems += _shared_comparisons(nodes)
+    if stage in ("sft", "reward"):
+        problems += [
+            f"adapters.{name} is for stages that stand on {name}, which {stage} does not: leave it out"
+            for name in ("sft", "reward", "ppo")
+            if getattr(config.adapters, name) and name not in nodes
+        ]
     if problems:
         raise InputError(dict.fromkeys(problems))
     if base.folder is None and not config.dry_run:
@@ -185,6 +233,30 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
             node.base = _base_of(node, nodes.get("sft"), base)
             _identify(node, fresh=config.resume == "never" and config.stage in (node.stage, "pipeline"))
     return Plan(nodes[stage], list(nodes.values()), base, config)
+
+
+def _half(name: str, nodes: dict[str, Node]) -> str | None:
+    """The half of the comparisons that a reward model is trained on; None: all, there is no gold to be kept apart."""
+    if name == GOLD:
+        return SECOND
+    sources = (n.config.reward_source for n in nodes.values() if hasattr(n.config, "reward_source"))
+    return FIRST if stage_of(name) == "reward" and any(s.gold == LEARNED for s in sources) else None
+
+
+def _shared_comparisons(nodes: dict[str, Node]) -> Iterator[str]:
+    """That reward model and gold scorer are trained on the same rows, because of what `upstream` says."""
+    gold = nodes.get(GOLD)
+    rivals = (node for node in nodes.values() if node.stage == "reward" and node is not gold)
+    for node in rivals if gold else ():
+        if not node.data or node.data != gold.data:
+            continue
+        halves = [each.config.dataset.half for each in (node, gold)]
+        if set(halves) != {FIRST, SECOND}:
+            ours, golds = ("null" if half is None else half for half in halves)
+            yield (
+                f"reward_source.gold=learned needs comparisons that the reward model is not trained on, but "
+                f"dataset.half is {ours} in upstream.reward and {golds} in upstream.gold: leave them out"
+            )
 
 
 def _makes_base(config: Run, choices: dict[str, str]) -> bool:
@@ -202,21 +274,39 @@ def _makes_base(config: Run, choices: dict[str, str]) -> bool:
 def _base_of(node: Node, sft: Node | None, base: BaseFacts) -> BaseFacts:
     """The base that a stage is loaded on: the given one, or the one that sft makes of it."""
     if node.makes_base:
+        if (
+            node.config.model.from_scratch and base.folder
+        ):  # drawn from the seed of sft, which `upstream` may set
+            base = replace(
+                base, hash=base_model.content_hash(base.folder, node.config.model, node.config.seed)
+            )
         return replace(base, dtype="float32")  # small steps would vanish in bfloat16 weights
     if sft is None or not sft.makes_base:
         return base
     return replace(base, folder=sft.folder / MODEL if sft.folder else None, hash=f"sft:{sft.key}")
 
 
-def _node(name: str, target: str, config: Run, target_config: Run, choices: dict[str, str]) -> Node:
+def _node(
+    name: str,
+    target: str,
+    config: Run,
+    target_config: Run,
+    choices: dict[str, str],
+    half: str | None,
+) -> Node:
     if name == target:
         return Node(name, target_config)
-    given = getattr(config.adapters, name)
+    member, ensemble = member_of(name), config.adapters.reward_ensemble
+    if member is not None and ensemble:
+        setting, given = "adapters.reward_ensemble", ensemble[member]
+    else:
+        setting, given = f"adapters.{name}", getattr(config.adapters, name, None)
     if name == "sft" and given == NO_SFT:
         return Node(name, None)
     if given:
-        return Node(name, None, given=adapters.locate(name, given, config.tracking, config.output_dir))
-    return Node(name, compose.upstream(name, config, choices)[0])
+        folder = adapters.locate(stage_of(name), given, config.tracking, config.output_dir, setting)
+        return Node(name, None, given=folder, setting=setting)
+    return Node(name, compose.upstream(name, config, choices, half)[0])
 
 
 def base_facts(config: Run, download: bool) -> BaseFacts:
@@ -248,7 +338,7 @@ def _identify(node: Node, fresh: bool) -> None:
         "data": node.data,
         "functions": node.functions,
         "parents": {
-            name: {"stage": name, "key": parents[name], "path": parent.folder}
+            name: {"stage": parent.stage, "key": parents[name], "path": parent.folder}
             for name, parent in node.parents.items()
         },
     }

@@ -6,7 +6,7 @@
 Here is what happens in an iteration; what answers are paid and what that makes of tokens is in experience.py, the
 losses' epochs are in update.py. The old log-probs come from the same forward, in the same micro-batches, as the
 first epoch's new ones, and the reference's likewise: before the first update the ratio is exactly 1 and the KL
-exactly 0, and the run asserts it. Left out here: guards, resume.
+exactly 0, and the run asserts it. What watches over it is in selfcheck.py, guards.py and actions.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +23,35 @@ from torch import Tensor
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.evaluation import text
 from rlhf_exp.model.roles import Roles
-from rlhf_exp.rewards.source import score
+from rlhf_exp.rewards.functions import NONE
+from rlhf_exp.rewards.source import by_gold, score
 from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import PPORun
-from rlhf_exp.stages import faults, references
+from rlhf_exp.stages import checkpoint, faults, references, selfcheck
+from rlhf_exp.stages.actions import Watch
 from rlhf_exp.stages.actors import EMA, Actors, build_actors
+from rlhf_exp.stages.checkpoint import Checkpoint, Keeper
 from rlhf_exp.stages.context import ADAPTER, CHECKPOINTS, CRITIC, HEAD, HEAD_FILE, Context
 from rlhf_exp.stages.experience import prepare, shape_scores
+from rlhf_exp.stages.guards import Guards
 from rlhf_exp.stages.optim import adamw, schedule
 from rlhf_exp.stages.order import batch_of, minibatches
 from rlhf_exp.stages.ptx import Demonstrations
 from rlhf_exp.stages.references import References
+from rlhf_exp.stages.selfcheck import SAMPLER_TOLERANCE, TOLERANCE
 from rlhf_exp.stages.state import State
 from rlhf_exp.stages.update import update
 
 SHOW = (
     ("objective/scores", "score", ".2f"),
+    ("objective/gold", "gold", ".2f"),
     ("objective/kl", "KL", ".2f"),
     ("response/length_mean", "length", ".1f"),
     ("response/eos_rate", "EOS", ".2f"),
     ("tokens_per_second", "tok/s", ".0f"),
 )
 SAMPLES = 4  # answers an iteration written to samples.jsonl
-# the most that log-probs of equal weights may differ before the first update: 0 in fp32 (same kernels, same
-# shapes); in bf16 kernels may accumulate in another order with gradients on
-TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.05}
-# the mean difference of the sampler's log-probs (cached decoding) and the scoring forward's, whose kernels differ
-SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass
@@ -59,6 +61,15 @@ class Carried:
     state: State
     references: References
     demonstrations: Demonstrations | None = None
+    guards: Guards = field(default_factory=Guards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What changes, for a checkpoint."""
+        return {
+            "state": self.state.to_dict(),
+            "references": dict(self.references.known),
+            "guards": self.guards.to_dict(),
+        }
 
 
 def run(config: PPORun, context: Context) -> dict[str, float]:
@@ -74,30 +85,61 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
         actors = build_actors(config, context, roles)
         optimizer = adamw(actors.groups(ppo), config.optim)
         scheduler = schedule(optimizer, config.optim, ppo.steps)
-        carried = Carried(State.start(ppo, context.base.device), References(config), demonstrations)
-        with context.log("ppo", ppo.steps, SHOW) as log:
-            for step in range(1, ppo.steps + 1):
+        found = checkpoint.newest(context)
+        carried = carried_from(found, config, context, demonstrations)
+        selfcheck.run(config, context, actors, prompts, tokens.prompts)
+        watch = Watch(config, context, actors, optimizer, scheduler, carried.state, carried.guards)
+        parts = trained(actors), optimizer, scheduler
+        if found.step:
+            checkpoint.put_back(found.tree, *parts)
+        last = found.step if carried.guards.stopped else ppo.steps
+        with (
+            context.log("ppo", ppo.steps, SHOW, found) as log,
+            Keeper(context, last, log, lambda: checkpoint.state_of(*parts) | carried.to_dict()) as keeper,
+        ):
+            for step in range(found.step + 1, last + 1):
                 chosen = batch_of(len(prompts), ppo.batch_size, config.seed, step)
                 chosen = [i for i in chosen for _ in range(ppo.samples_per_prompt)]
-                metrics, samples = iterate(
-                    config,
-                    actors,
-                    optimizer,
-                    step,
-                    [prompts[i] for i in chosen],
-                    [tokens.prompts[i] for i in chosen],
-                    carried,
-                )
+                asked, encoded = [prompts[i] for i in chosen], [tokens.prompts[i] for i in chosen]
+                try:
+                    metrics, samples = iterate(config, actors, optimizer, step, asked, encoded, carried)
+                except FloatingPointError as error:
+                    metrics, samples = watch.failed(error), []
                 metrics["optim/lr"] = scheduler.get_last_lr()[0]
                 if ppo.critic_lr is not None:
                     metrics["optim/critic_lr"] = scheduler.get_last_lr()[-1]
+                metrics |= watch.after(step, metrics, asked, encoded)
                 scheduler.step()
                 log.step(step, metrics | (tokens.cuts.metrics() if step == 1 else {}))
                 log.samples(step, samples)
                 if step % ppo.save_every == 0 and step < ppo.steps:
                     publish(context, actors, f"{CHECKPOINTS}/step_{step:05d}")
+                keeper.after(step, last=bool(carried.guards.stopped))
+                if carried.guards.stopped:
+                    break
         publish_all(context, actors)
-    return {name: metrics[name] for name in ("objective/scores", "objective/kl", "response/length_mean")}
+        return watch.finish()
+
+
+def carried_from(
+    found: Checkpoint, config: PPORun, context: Context, demonstrations: Demonstrations | None
+) -> Carried:
+    """What iterations share, as the checkpoint has it."""
+    if not found.step:
+        state = State.start(config.ppo, context.base.device)
+        return Carried(state, References(config), demonstrations)
+    return Carried(
+        State.from_dict(found.tree["state"], context.base.device),
+        References(config, found.tree["references"]),
+        demonstrations,
+        Guards.from_dict(found.tree["guards"]),
+    )
+
+
+def trained(actors: Actors) -> dict[str, list[Tensor]]:
+    """All weights that training changes."""
+    parts = {"policy": actors.roles.parameters("policy"), "critic": actors.critic_parameters()}
+    return parts | ({EMA: actors.roles.parameters(EMA)} if actors.ema else {})
 
 
 def publish(context: Context, actors: Actors, name: str, role: str = "policy") -> None:
@@ -135,7 +177,7 @@ def iterate(
     )
     clock.append(time.perf_counter())
 
-    scores, metrics = score_answers(config, actors, rollout)
+    scores, metrics = score_answers(config, actors, rollout, prompts)
     baseline = None
     if ppo.score_scaling == "reference":
         baseline = torch.tensor(carried.references.scores(actors, prompts, encoded), device=base.device)
@@ -157,7 +199,8 @@ def iterate(
         carried.demonstrations,
         critic_only=step <= ppo.critic_warmup,
     )
-    state.control(ppo, metrics["objective/kl"], len(prompts))
+    if step > ppo.critic_warmup:  # before, the policy stands where it started and its KL says nothing
+        state.control(ppo, metrics["objective/kl"], len(prompts))
     if step == 1:
         check_start(metrics, base.dtype, faults.waived(ppo))
     clock.append(time.perf_counter())
@@ -184,20 +227,29 @@ def keys_of(config: PPORun, step: int, prompts: list[Prompt]) -> list[int]:
     return keys
 
 
-def score_answers(config: PPORun, actors: Actors, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-    """Scores [B] as they come from the reward source, and their figures."""
-    ppo = config.ppo
+def score_answers(
+    config: PPORun, actors: Actors, rollout: Rollout, prompts: list[Prompt]
+) -> tuple[Tensor, dict[str, float]]:
+    """Scores [B] as they come from the reward source, and their figures; of the gold scorer only its mean."""
+    ppo, source, seen = config.ppo, config.reward_source, {}
     found = score(
-        config.reward_source,
+        source,
         actors.roles,
-        actors.reward_head,
+        actors.reward_heads,
         rollout.prompts,
         faults.scored_ids(ppo, actors.base.tokenizer, judged(rollout)),
         ppo.micro_batch_size,
+        seen,
     )
     scores = faults.scores(ppo, torch.tensor(found, device=actors.base.device))
     figures = {"objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0)}
-    return scores, {name: float(value) for name, value in figures.items()}
+    if source.gold != NONE:
+        asked, size = [str(prompt.prompt) for prompt in prompts], ppo.micro_batch_size
+        gold = by_gold(
+            source.gold, actors.roles, actors.reward_heads, rollout.prompts, judged(rollout), asked, size
+        )
+        figures["objective/gold"] = sum(gold) / len(gold)
+    return scores, {name: float(value) for name, value in (figures | seen).items()}
 
 
 def check_start(metrics: dict[str, float], dtype: torch.dtype, waived: Collection[str] = ()) -> None:

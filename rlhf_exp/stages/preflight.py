@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import check_view
+from rlhf_exp.data.templates import frame
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.base import content_hash
+from rlhf_exp.model.loading import read_tokenizer
 from rlhf_exp.rewards import functions
 from rlhf_exp.schema import EvalRun, ILQLRun, Lora, Model, PPORun, views_of
 from rlhf_exp.stages import adapters
+from rlhf_exp.stages.apart import require_apart
 from rlhf_exp.stages.context import MODEL
 from rlhf_exp.stages.plan import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
@@ -49,6 +53,9 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
                 yield lambda node=node: _targets(node, plan)
                 yield lambda node=node: _context(node, plan)
                 yield lambda node=node: _texts(node, plan)
+    yield lambda: require_apart(plan)
+    if plan.base.folder:
+        yield lambda: _tokenizer(plan)
     yield lambda: require_space(output, disk_needed(plan))
 
 
@@ -70,12 +77,12 @@ def _given(node: Node, plan: Plan) -> None:
     if sft is not None:
         if sft.folder is None:
             raise InputError(
-                f"adapters.{node.stage}={node.given} cannot belong to the base that sft is still to make "
+                f"{node.setting}={node.given} cannot belong to the base that sft is still to make "
                 "(lora.full): train sft first, or leave the adapter out"
             )
         folder = sft.folder / MODEL
         content = content_hash(folder)
-    adapters.check(node.stage, node.given, folder, content)
+    adapters.check(node.stage, node.given, folder, content, node.setting)
 
 
 def targets_of(lora: Lora, model: Model) -> list[str]:
@@ -100,11 +107,28 @@ def _texts(node: Node, plan: Plan) -> None:
     generation = getattr(node.config, "generation", None)
     if generation is None or not (generation.stop or generation.begin_suppress_tokens):
         return
-    from transformers import AutoTokenizer
-
     from rlhf_exp.rollout.texts import check_texts
 
-    check_texts(generation, AutoTokenizer.from_pretrained(plan.base.folder))
+    check_texts(generation, read_tokenizer(plan.config.model, plan.base.folder))
+
+
+def _tokenizer(plan: Plan) -> None:
+    """What only the tokenizer can tell of templates: a chat template that is missing, a frame that is too long."""
+    asked = []
+    for node in plan.missing:
+        data = node.config.dataset
+        try:
+            # a frame of fewer characters than there is room for tokens fits whatever the tokenizer is
+            fits = not data.template.chat and len(str(frame(data.template, ""))) <= data.max_prompt_tokens
+        except ValueError:  # a format without its placeholder: check_view says so
+            continue
+        if not fits:
+            asked.append(data)
+    if not asked and plan.config.model.eos_token is None:
+        return
+    tokenizer = read_tokenizer(plan.config.model, plan.base.folder)
+    for data in asked:
+        encode_prompts(tokenizer, data, [""])
 
 
 def _context(node: Node, plan: Plan) -> None:

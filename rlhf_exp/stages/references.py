@@ -49,7 +49,7 @@ class References:
             found = score(
                 config.reward_source,
                 actors.roles,
-                actors.reward_head,
+                actors.reward_heads,
                 [list(ids) for _, ids in new.values()],
                 responses,
                 config.ppo.micro_batch_size,

@@ -30,7 +30,7 @@ from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.rewards.learned import score_sequences
 from rlhf_exp.schema import Reward, RewardRun
-from rlhf_exp.stages import supervised
+from rlhf_exp.stages import checkpoint, supervised
 from rlhf_exp.stages.context import ADAPTER, HEAD, HEAD_FILE, Context
 from rlhf_exp.stages.optim import adamw, schedule
 
@@ -54,18 +54,21 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         rows[split], tokens[split] = context.read(config.dataset, "comparisons", split)
         pairs[split] = joined(tokens[split])
     steps = supervised.steps_of(config.train, len(pairs["train"]))
+    found = checkpoint.newest(context)
     with (
         Roles(base) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
-        context.log("reward", steps, SHOW) as log,
+        context.log("reward", steps, SHOW, found) as log,
     ):
         roles.new("reward", lora_config(config.lora, config.model), config.seed)
         head = ScalarHead(base.hidden_size).reset(config.seed).to(base.device)
         # differences say nothing of the bias: it would follow rounding errors, which Adam takes for a gradient
         head.bias.requires_grad_(config.reward.center_coef > 0)
         model = RewardModel(roles, head)
-        optimizer = adamw([*roles.parameters("reward"), *head.parameters()], config.optim)
+        weights = {"reward": roles.parameters("reward"), "head": list(head.parameters())}
+        optimizer = adamw([*weights["reward"], *weights["head"]], config.optim)
+        scheduler = schedule(optimizer, config.optim, steps)
         trainer = PairTrainer(
             config.reward,
             model=model,
@@ -75,15 +78,15 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
                 rejected=[rejected for _, rejected in pairs["train"]],
             ),
             data_collator=Collate(base.pad_id),
-            optimizers=(optimizer, schedule(optimizer, config.optim, steps)),
+            optimizers=(optimizer, scheduler),
             callbacks=[supervised.LogTo(log, NAMES)],
         )
         supervised.without_printing(trainer)
-        result = trainer.train()
+        loss = supervised.train(trainer, (weights, optimizer, scheduler), context, log, steps, found)
         base.model.eval()
         size = 2 * config.train.micro_batch_size
         if config.reward.center:
-            center(roles, head, [chosen for chosen, _ in pairs["train"][:CENTRED_ON]], size)
+            center(roles, head, [pairs["train"][i][0] for i in spread(rows["train"])], size)
         metrics: dict[str, float] = {}
         if pairs["validation"]:
             metrics, scores = evaluate(roles, head, rows["validation"], pairs["validation"], size)
@@ -92,7 +95,7 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
             roles.save("reward", folder)
         with context.folder.publish(HEAD) as folder:
             head.save(folder / HEAD_FILE)
-    metrics |= {"train/loss": result.training_loss, "data/pairs": float(len(pairs["train"]))}
+    metrics |= {"train/loss": loss, "data/pairs": float(len(pairs["train"]))}
     return metrics | statistics(config.dataset, "comparisons").metrics() | tokens["train"].cuts.metrics()
 
 
@@ -178,6 +181,12 @@ def loss_of(reward: Reward, scores: Tensor, ids: Tensor, lengths: Tensor, pairs:
     if reward.center_coef:
         loss = loss + reward.center_coef * centering_loss(*ends, denominator=pairs)
     return loss
+
+
+def spread(rows: Sequence[Comparison]) -> list[int]:
+    """At most CENTRED_ON rows of different prompts, by their hash: the file may be sorted."""
+    first = {row.id: i for i, row in reversed(list(enumerate(rows)))}
+    return [first[id] for id in sorted(first)[:CENTRED_ON]]
 
 
 def center(roles: Roles, head: ScalarHead, sequences: Sequence[list[int]], size: int) -> None:

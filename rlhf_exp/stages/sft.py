@@ -16,7 +16,7 @@ from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.engine import generate
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, SFTRun
-from rlhf_exp.stages import supervised
+from rlhf_exp.stages import checkpoint, supervised
 from rlhf_exp.stages.context import ADAPTER, MODEL, Context
 from rlhf_exp.stages.optim import adamw, schedule
 
@@ -50,14 +50,17 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
         labels=[[IGNORED] * len(prompt) + response for prompt, response in pairs],
     )
     steps = supervised.steps_of(config.train, len(records))
+    found = checkpoint.newest(context)
     with (
         Roles(base) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
-        context.log("sft", steps, SHOW) as log,
+        context.log("sft", steps, SHOW, found) as log,
     ):
         role = BASE if config.lora.full else "policy"
-        optimizer = adamw(trainable(config, base, roles), config.optim)
+        weights = trainable(config, base, roles)
+        optimizer = adamw(weights, config.optim)
+        scheduler = schedule(optimizer, config.optim, steps)
         # max_length: the templates cut, and count what they cut
         arguments = supervised.on_one_device(SFTConfig(**arguments, max_length=None, pad_to_multiple_of=None))
         with roles.use(role):
@@ -66,11 +69,12 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
                 args=arguments,
                 train_dataset=data,
                 processing_class=base.tokenizer,
-                optimizers=(optimizer, schedule(optimizer, config.optim, steps)),
+                optimizers=(optimizer, scheduler),
                 callbacks=[supervised.LogTo(log, NAMES)],
             )
             supervised.without_printing(trainer)
-            result = trainer.train()
+            parts = {"policy": weights}, optimizer, scheduler
+            loss = supervised.train(trainer, parts, context, log, steps, found)
         base.model.requires_grad_(False).eval()
         log.samples(steps, samples(config, context, lambda: roles.use(role), rows.prompts))
         if config.lora.full:
@@ -80,7 +84,7 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
         else:
             with context.folder.publish(ADAPTER) as folder:
                 roles.save(role, folder)
-    metrics = {"train/loss": result.training_loss, "data/rows": float(len(records))}
+    metrics = {"train/loss": loss, "data/rows": float(len(records))}
     return metrics | statistics(config.dataset, "demonstrations").metrics() | rows.cuts.metrics()
 
 

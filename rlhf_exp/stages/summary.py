@@ -21,6 +21,7 @@ FIGURES = {
     ),
     "ppo": (
         ("objective/scores", "score"),
+        ("objective/gold", "gold"),
         ("objective/kl", "KL"),
         ("response/length_mean", "length"),
     ),
@@ -43,7 +44,7 @@ def show(plan: Plan) -> None:
                 for key, label in FIGURES[node.stage]
                 if metrics.get(key) is not None
             ]
-            print(f"{node.stage:6s} {node.key[:6]}  {', '.join(said)}")
+            print(f"{node.name:6s} {node.key[:6]}  {', '.join(said)}")
     target = plan.target.found
     if plan.target.stage == "eval":
         _tables(target.path / "eval.json")

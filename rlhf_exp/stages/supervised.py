@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from rlhf_exp.model.base import Base
 from rlhf_exp.schema import RewardRun, SFTRun, Train
+from rlhf_exp.stages import checkpoint
+from rlhf_exp.stages.checkpoint import Checkpoint, Keeper
+from rlhf_exp.stages.context import Context
 from rlhf_exp.tracking import RunLog
+
+TRAINER_STATE = "trainer_state.json"  # transformers' own name for it
 
 
 def steps_of(train: Train, rows: int) -> int:
@@ -65,6 +75,70 @@ class LogTo(TrainerCallback):
         found = {ours: logs[theirs] for theirs, ours in self.names.items() if logs and theirs in logs}
         if found:
             self.log.step(state.global_step, {name: float(value) for name, value in found.items()})
+
+
+class AfterLog(TrainerCallback):
+    """After each step's log, when all that belongs to the step is done: the keeper's turn."""
+
+    def __init__(self, keeper: Keeper):
+        self.keeper = keeper
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:  # not the summary at the end
+            state.log_history.clear()  # it would grow by a row a step, in each checkpoint
+            self.keeper.after(state.global_step)
+
+
+class GoOn(TrainerCallback):
+    """Gives the Trainer's counters the values of the checkpoint: it sets them to 0 just before this call."""
+
+    def __init__(self, trainer: Any, loss: float):
+        self.trainer, self.loss = trainer, loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._total_loss_scalar = self.loss
+        self.trainer._initial_global_step = 0
+
+
+Parts = tuple[Mapping[str, Sequence[Tensor]], torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
+
+
+def train(trainer: Any, parts: Parts, context: Context, log: RunLog, steps: int, found: Checkpoint) -> float:
+    """Train from `found` to the last step; the mean loss over all steps.
+
+    Weights, optimiser and generators go back from our checkpoint; the Trainer, which finds its place in the data by
+    the number of steps alone, is told that number, and to read nothing itself. `_total_train_tokens` is SFTTrainer's.
+    """
+
+    def snapshot() -> dict[str, Any]:
+        more = {"loss": trainer._total_loss_scalar, "trainer": dataclasses.asdict(trainer.state)}
+        return checkpoint.state_of(*parts) | more | {"tokens": getattr(trainer, "_total_train_tokens", 0)}
+
+    total = 0.0
+    if found.step:
+        total = found.tree["loss"]
+        checkpoint.put_back(found.tree, *parts)
+        go_on(trainer, found.tree)
+    if found.step < steps:
+        with Keeper(context, steps, log, snapshot) as keeper:
+            trainer.add_callback(AfterLog(keeper))
+            trainer.train(resume_from_checkpoint=trainer.args.output_dir if found.step else None)
+        total = trainer._total_loss_scalar
+    return total / steps
+
+
+def go_on(trainer: Any, tree: dict[str, Any]) -> None:
+    """Make `train(resume_from_checkpoint=...)` continue after the step of the checkpoint."""
+    (Path(trainer.args.output_dir) / TRAINER_STATE).write_text(json.dumps(tree["trainer"]))
+    if hasattr(trainer, "_total_train_tokens"):
+        trainer._total_train_tokens = tree["tokens"]
+    for reads in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler"):
+        setattr(trainer, reads, lambda *_, **__: None)
+    # called where the generators have to be as they were: after it has found its place in the data
+    trainer._load_rng_state = lambda _: checkpoint.set_random_state(tree["random"])
+    trainer.add_callback(GoOn(trainer, tree["loss"]))
 
 
 def without_printing(trainer: Any) -> None:

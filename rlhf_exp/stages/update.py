@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.rollout.scoring import answer_logprobs, answers
 from rlhf_exp.schema import PPO, PPORun
 from rlhf_exp.stages import faults, ptx
-from rlhf_exp.stages.actors import Actors, policy_and_value
-from rlhf_exp.stages.experience import Experience, padded
+from rlhf_exp.stages.actors import Actors, states, values
+from rlhf_exp.stages.experience import Experience, Forward, padded, state_of
 from rlhf_exp.stages.order import Plan
 from rlhf_exp.stages.ptx import Demonstrations
 from rlhf_exp.stages.state import State
@@ -52,7 +54,12 @@ def update(
         if demonstrations is not None and not critic_only:
             found["ptx/loss"] = accumulate_ptx(ppo, actors, state, demonstrations, minibatch)
         norm = faults.max_grad_norm(ppo, config.optim.max_grad_norm)
-        found["policy/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(actors.trainable(), norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(actors.trainable(), norm))
+        if not math.isfinite(norm):  # guards.py sees the count, and what follows is in actions.py
+            found["policy/nonfinite"] = 1.0
+            optimizer.zero_grad(set_to_none=True)
+            continue
+        found["policy/grad_norm"] = norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not critic_only:
@@ -67,6 +74,7 @@ def summary(totals: list[dict[str, float]]) -> dict[str, float]:
     metrics = {name: sum(found) / len(found) for name, found in values.items()}
     metrics["policy/ratio_max"] = max(values["policy/ratio_max"])
     metrics["policy/skipped"] = sum(values.get("policy/skipped", []))
+    metrics["policy/nonfinite"] = sum(values.get("policy/nonfinite", []))
     metrics.setdefault("policy/grad_norm", 0.0)  # no minibatch made a step
     metrics["first/ratio_max"] = totals[0]["policy/ratio_max"]
     metrics["first/approxkl"] = totals[0]["policy/approxkl"]
@@ -87,8 +95,11 @@ def accumulate(
     sequences = torch.tensor(len(rows), device=experience.mask.device)
     denominator = experience.mask[rows].sum() if config.ppo.loss_mean == "token" else sequences
     found: dict[str, float] = {"policy/ratio_max": 0.0}
+    first = experience.take_first(minibatch, state_of(actors))
     for rows in minibatch:
-        loss, shares, ratio_max = loss_of(config, actors, rollout, experience, rows, denominator, critic_only)
+        loss, shares, ratio_max = loss_of(
+            config, actors, rollout, experience, rows, denominator, critic_only, first
+        )
         loss.backward()
         for name, share in shares.items():
             found[name] = found.get(name, 0.0) + float(share)
@@ -117,22 +128,29 @@ def loss_of(
     rows: list[int],
     denominator: Tensor,
     critic_only: bool = False,
+    first: Forward | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One joint loss of policy and critic for a micro-batch: its share of a mean with this denominator.
 
-    Returns the loss, the shares of the figures (they add over micro-batches), and the largest ratio.
+    first: the forward of these rows, where it was done already. Returns the loss, the shares of the figures (they
+    add over micro-batches), and the largest ratio.
     """
     ppo = config.ppo
     batch = answers(rollout, rows, actors.base)
-    old = Experience(*(part[batch.rows] for part in experience))
+    old = experience.of(batch.rows)
     weights = sequence_weights(batch.mask) if ppo.loss_mean == "sequence" else None
 
     def mean(x: Tensor) -> Tensor:
         return masked_sum(x if weights is None else x * weights, batch.mask) / denominator
 
-    hidden, value = policy_and_value(actors, batch, detached=critic_only)
     entropic = ppo.entropy_coef > 0 and not critic_only
-    now = answer_logprobs(actors.base, hidden, batch, config.generation, entropy_gradient=entropic)
+    hidden, read = states(actors, batch) if first is None else (first.hidden, first.read)
+    now = (
+        answer_logprobs(actors.base, hidden, batch, config.generation, entropic, entropy=False)
+        if first is None
+        else first.now
+    )
+    value = values(actors, read, detached=critic_only)
     logprobs = padded(now.logprobs, batch.mask)
     policy = policy_loss(
         logprobs,

@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_exp.store import atomic, listing, locks
+from rlhf_exp.store import atomic, listing, locks, states
 from rlhf_exp.store.listing import EMPTY, Entry
 from rlhf_exp.store.runs import FINISHED, PREFIX, RUNNING
+from rlhf_exp.store.states import STATE
 
 # a run folder on its way to deletion, a probe of require_writable
 TRASH = re.compile(rf"\.([0-9a-f]{{{PREFIX}}}(-\d+)?\..*|rlhf_exp-[0-9a-f]+)\.tmp")
@@ -82,6 +83,10 @@ def plan(output_dir: Path, unused_days: float | None = None) -> list[Candidate]:
             found.append(Candidate(e.path, reason, e.path, finished=e.state == FINISHED))
         elif e.state != RUNNING and not _perhaps_elsewhere(e):
             found += [Candidate(path, "leftover of a crash", e.path) for path in _leftovers(e.path)]
+            if e.state == FINISHED and (e.path / STATE).is_dir():
+                found.append(
+                    Candidate(e.path / STATE, "checkpoints of a finished run", e.path, finished=True)
+                )
     places = (output_dir, *(path for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()))
     trash = sorted(path for place in places for path in place.iterdir() if TRASH.fullmatch(path.name))
     return found + [Candidate(path, "leftover of a crash", None) for path in trash]
@@ -100,10 +105,12 @@ def delete(candidate: Candidate, output_dir: Path, say: Callable[[str], None]) -
         return size
     try:
         with locks.build_lock(candidate.run, timeout=0):  # which clears leftovers
-            if candidate.path != candidate.run:
-                return size
             e = listing.entry(candidate.run)
             finished = e.record.get("status") == FINISHED
+            if candidate.path.name == STATE and finished:
+                states.remove(candidate.run)
+            if candidate.path != candidate.run:
+                return size
             if finished != candidate.finished or _is_needed(e, _needed(listing.scan(output_dir))):
                 say(f"{candidate.path} stays: it changed, or a run that uses it began, a moment ago")
                 return 0

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.store import atomic, locks
+from rlhf_exp.store import atomic, locks, states
 from rlhf_exp.store.manifest import CorruptArtifact
 from rlhf_exp.store.runs import FINISHED, FOLDER_NAME, PREFIX, RUNNING, RunFolder
 
@@ -166,8 +166,14 @@ def base_text(e: Entry) -> str:
 
 
 def parents_text(e: Entry) -> str:
-    parents = e.inputs["parents"].values()
-    return ", ".join(f"{p.get('stage')} {str(p.get('key'))[:6]}" for p in parents) or "-"
+    parents = e.inputs["parents"].items()  # by role: reward, reward_1 and gold are of one stage
+    return ", ".join(f"{role} {str(p.get('key'))[:6]}" for role, p in parents) or "-"
+
+
+def saved_text(e: Entry) -> str:
+    """From where an unfinished run goes on."""
+    steps = states.steps(e.path) if e.state != FINISHED else []
+    return f"saved at step {steps[0]}" if steps else "-"
 
 
 def when_text(e: Entry) -> str:
@@ -185,7 +191,7 @@ def table(entries: list[Entry]) -> Table:
         )
     for e in entries:
         shown = list(numbers(e.record.get("metrics")))[:MAIN_METRICS]
-        metrics = ", ".join(f"{name} {figure(value)}" for name, value in shown) or "-"
+        metrics = ", ".join(f"{name} {figure(value)}" for name, value in shown) or saved_text(e)
         status = f"[{COLOURS.get(e.state, 'yellow')}]{e.state}[/]"
         cells = (
             e.stage,

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf_exp.errors import InputError
 from rlhf_exp.store import atomic
 from rlhf_exp.store.hashing import sha256_file
+from rlhf_exp.store.states import STATE
 
 MANIFEST = "manifest.json"
 RECORD = "run.json"
@@ -30,10 +31,11 @@ class CorruptArtifact(InputError):
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths (with /) of the files that a manifest lists, sorted."""
+    """Paths (with /) of the files that a manifest lists, sorted; not the checkpoints, which go when a run is done."""
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        at_top = Path(parent) == folder
+        folders[:] = [name for name in folders if not name.startswith(".") and not (at_top and name == STATE)]
         found += [
             Path(parent, name).relative_to(folder).as_posix() for name in names if not name.startswith(".")
         ]

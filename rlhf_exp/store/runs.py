@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp import __version__
-from rlhf_exp.store import atomic, manifest
+from rlhf_exp.store import atomic, manifest, states
 from rlhf_exp.store.manifest import MANIFEST, RECORD, CorruptArtifact
 
 PREFIX = 12  # hex digits of the key in the folder's name
@@ -129,10 +129,12 @@ class RunFolder:
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write manifest.json over all files but the logs (*.jsonl, *.log), then run.json as FINISHED.
 
+        Then the checkpoints go.
         From here on the files that the manifest lists stay as they are.
         """
         digest = manifest.write(self.path)
         self._end(status=FINISHED, metrics=metrics, manifest=digest)
+        states.remove(self.path)  # only now: until here they are what a crash continues from
 
     def fail(self, status: str, error: str) -> None:
         """End the run as FAILED or KILLED; what it saved stays, and the same command continues."""

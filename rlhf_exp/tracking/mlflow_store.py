@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Tracking
 from rlhf_exp.tracking import location
-from rlhf_exp.tracking.mlflow_tracker import PARENT_TAG, MlflowTracker, create_run, say
+from rlhf_exp.tracking.mlflow_tracker import PARENT_TAG, MlflowTracker, create_run, existing, reopened, say
 
 
 def _import_mlflow() -> Any:
@@ -111,27 +111,12 @@ def open_run(
     with _usable(uri):
         client, experiment_id = _connect(uri, tracking.experiment)
         all_tags = {**(tags or {}), **({PARENT_TAG: parent_id} if parent_id else {})}
-        if run_id and (run := _existing(client, run_id)):
-            client.update_run(run_id, status="RUNNING")
-            tracker = MlflowTracker(client, uri, run)
-            tracker.tags(all_tags)
-            return tracker
+        if run_id and (run := existing(client, run_id)):
+            return reopened(client, uri, run, all_tags)
         if run_id:
             say(f"tracking: run {run_id} is not in {location.shown(uri)} any more; a new run continues it")
             all_tags["rlhf_exp.continues"] = run_id
         return MlflowTracker(client, uri, create_run(client, experiment_id, name, all_tags))
-
-
-def _existing(client: Any, run_id: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
 
 
 def download(uri: str, tracking: Tracking, output_dir: Path, into: Path) -> Path:
@@ -149,7 +134,7 @@ def download(uri: str, tracking: Tracking, output_dir: Path, into: Path) -> Path
         raise InputError(f"{uri}: there is no MLflow database {path}; set tracking.uri to where the run is")
     with _usable(store):
         client = _client(store)
-        if _existing(client, parts[0]) is None:
+        if existing(client, parts[0]) is None:
             raise InputError(
                 f"{uri}: {location.shown(store)} has no run {parts[0]}; set tracking.uri to where it is"
             )

@@ -41,6 +41,27 @@ def create_run(client: Any, experiment_id: str, name: str, tags: Mapping[str, ob
     return client.create_run(experiment_id, run_name=name, tags=_texts(ours, values.TAG_LENGTH))
 
 
+def existing(client: Any, run_id: str) -> Any | None:
+    """The run, unless the store does not have it any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def reopened(client: Any, uri: str, run: Any, tags: Mapping[str, object]) -> MlflowTracker:
+    """Go on with a run that ended, or whose process did."""
+    client.update_run(run.info.run_id, status="RUNNING")
+    tracker = MlflowTracker(client, uri, run)
+    tracker.tags(tags)
+    return tracker
+
+
 def _texts(pairs: Mapping[str, object], length: int) -> dict[str, str]:
     return {values.clean_name(key): values.cut(values.as_text(value), length) for key, value in pairs.items()}
 
@@ -139,11 +160,15 @@ class MlflowTracker:
         self._artifacts[place] = send
         self._send()
 
-    def child(self, name: str, tags: Mapping[str, object] | None = None) -> Tracker:
+    def child(
+        self, name: str, tags: Mapping[str, object] | None = None, run_id: str | None = None
+    ) -> Tracker:
         """A run under this one; if the store is in trouble right now, one that records nothing."""
         all_tags = {**(tags or {}), PARENT_TAG: self.run_id}
         try:
             with location.calling(self.uri, self._limits()):
+                if run_id and (run := existing(self._client, run_id)):
+                    return reopened(self._client, self.uri, run, all_tags)
                 run = create_run(self._client, self._experiment_id, name, all_tags)
         except Exception as error:
             say(
@@ -151,6 +176,9 @@ class MlflowTracker:
             )
             return NullTracker()
         return MlflowTracker(self._client, self.uri, run, self._clock, self._sleep)
+
+    def settled(self) -> bool:
+        return not (self._metrics or self._lost)
 
     def flush(self) -> None:
         self._send(force=True)

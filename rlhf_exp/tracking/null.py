@@ -24,8 +24,13 @@ class NullTracker:
     def table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         pass
 
-    def child(self, name: str, tags: Mapping[str, object] | None = None) -> NullTracker:
+    def child(
+        self, name: str, tags: Mapping[str, object] | None = None, run_id: str | None = None
+    ) -> NullTracker:
         return NullTracker()
+
+    def settled(self) -> bool:
+        return True
 
     def flush(self) -> None:
         pass

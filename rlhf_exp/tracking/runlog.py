@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from rlhf_exp.store.atomic import fsync
 from rlhf_exp.tracking.tracker import Tracker
 from rlhf_exp.tracking.values import number
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+NONE = -1  # before the first step
 SAMPLE_ROWS = 2000  # the tracker's table holds the latest of them; samples.jsonl holds all
 
 
@@ -25,27 +29,44 @@ class RunLog:
     "NaN", "Infinity" and "-Infinity", which Python's and JavaScript's number parsers read.
 
     fresh: start empty files; otherwise append, after cutting off a last line that a crash left half written.
+    hold: the tracker gets numbers only at `commit` and at a good end, because it can never take them back: what comes
+    after a checkpoint may come again. position: go on there, as `position` gave it.
     """
 
     def __init__(
-        self, folder: Path | str, tracker: Tracker, progress: _Shows | None = None, fresh: bool = True
+        self,
+        folder: Path | str,
+        tracker: Tracker,
+        progress: _Shows | None = None,
+        fresh: bool = True,
+        *,
+        hold: bool = False,
+        position: Mapping[str, Any] | None = None,
     ):
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._tracker, self._progress = tracker, progress
-        if not fresh:
-            _cut_torn_line(folder / "metrics.jsonl")
-            _cut_torn_line(folder / "samples.jsonl")
-        self._rows: list[dict[str, Any]] = [] if fresh else list(read_lines(folder / "samples.jsonl"))
-        mode = "w" if fresh else "a"
-        self._metrics: IO[str] = open(folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
-        self._samples: IO[str] = open(folder / "samples.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+        self._tracker, self._progress, self._hold = tracker, progress, hold
+        self._held: list[tuple[int, dict[str, object]]] = []
+        # the last step that the tracker was told, and that its store has
+        self._tracked, self._arrived = NONE, NONE
+        if position is not None:
+            self._go_on(position)
+        elif not fresh:
+            _cut_torn_line(folder / METRICS)
+            _cut_torn_line(folder / SAMPLES)
+        append = position is not None or not fresh
+        self._rows: list[dict[str, Any]] = list(read_lines(folder / SAMPLES)) if append else []
+        mode = "a" if append else "w"
+        self._metrics: IO[str] = open(folder / METRICS, mode, encoding="utf-8")  # noqa: SIM115
+        self._samples: IO[str] = open(folder / SAMPLES, mode, encoding="utf-8")  # noqa: SIM115
 
     def step(self, step: int, metrics: Mapping[str, object]) -> None:
         """Log the numbers (also 0-dimensional tensors) of one step."""
         plain = {key: _plain(value) for key, value in metrics.items()}
         _write(self._metrics, {"step": int(step), **plain})
-        self._tracker.metrics({key: value for key, value in plain.items() if value is not None}, step)
+        self._held.append((int(step), plain))
+        if not self._hold:
+            self.commit()
         if self._progress is not None:
             self._progress.update(step, plain)
 
@@ -59,6 +80,50 @@ class RunLog:
         if rows:
             self._tracker.table("samples", self._rows)
 
+    def commit(self) -> None:
+        """Tell the tracker what it was not told yet."""
+        for step, values in self._held:
+            if step > self._tracked or not self._hold:
+                self._tell(step, values)
+        self._held.clear()
+
+    def position(self) -> dict[str, Any]:
+        """Where the files end, on the disk, and how far the tracker is once this is committed; plain JSON."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            fsync(Path(file.name))
+        if self._tracker.settled():
+            self._arrived = self._tracked
+        sizes = {name: (self._folder / name).stat().st_size for name in (METRICS, SAMPLES)}
+        tracked = max([self._tracked, *(step for step, _ in self._held)])
+        return {
+            "bytes": sizes,
+            "tracked": tracked,
+            "arrived": self._arrived,
+            "run_id": self._tracker.run_id,
+        }
+
+    @staticmethod
+    def beginning(tracked: int) -> dict[str, Any]:
+        """The position of an empty log, of which an earlier attempt has told the tracker up to step `tracked`."""
+        return {"bytes": {METRICS: 0, SAMPLES: 0}, "tracked": tracked, "arrived": NONE, "run_id": None}
+
+    def _go_on(self, position: Mapping[str, Any]) -> None:
+        """Cut the files to where they were, and tell the tracker what may not have reached its store."""
+        known = position["arrived"] if position["run_id"] == self._tracker.run_id else NONE
+        for line in read_metrics(self._folder / METRICS):
+            step = line.pop("step")
+            if known < step <= position["tracked"]:
+                self._tell(step, line)
+        self._tracked, self._arrived = position["tracked"], known
+        for name, size in position["bytes"].items():
+            if (self._folder / name).exists():
+                os.truncate(self._folder / name, size)
+
+    def _tell(self, step: int, values: Mapping[str, object]) -> None:
+        self._tracker.metrics({key: value for key, value in values.items() if value is not None}, step)
+        self._tracked = max(self._tracked, step)
+
     def close(self) -> None:
         self._metrics.close()
         self._samples.close()
@@ -66,7 +131,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exception: object) -> None:
+        if kind is None:
+            self.commit()
         self.close()
 
 

@@ -31,8 +31,13 @@ class Tracker(Protocol):
     def table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Store rows as the table `name`, in place of an earlier table of that name."""
 
-    def child(self, name: str, tags: Mapping[str, object] | None = None) -> Tracker:
-        """Open a run under this one. The two end independently."""
+    def child(
+        self, name: str, tags: Mapping[str, object] | None = None, run_id: str | None = None
+    ) -> Tracker:
+        """Open a run under this one, or go on with the run `run_id`. The two end independently."""
+
+    def settled(self) -> bool:
+        """Whether the store has every number that it was given."""
 
     def flush(self) -> None:
         """Send what is buffered now."""

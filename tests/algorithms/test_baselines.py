@@ -69,3 +69,33 @@ def test_groups_must_be_whole(count, k):
     for estimate in (rloo, grpo):
         with pytest.raises(ValueError, match=f"groups of {k}"):
             estimate(torch.zeros(count), k)
+
+
+def test_one_earlier_return_is_a_baseline():
+    one = Moments.of(torch.tensor([4.0]), torch.ones(1, dtype=torch.bool))
+    assert reinforce(torch.tensor([1.0, 3.0]), one).tolist() == [-3, -1]
+
+
+def test_the_baseline_of_reinforce_is_in_float64():
+    # 2^24 + 1 is no float32 number: a float32 mean of the three would be 2^24 / 3
+    nothing = Moments(*torch.zeros(3, dtype=torch.float64))
+    returns = torch.tensor([2.0**24, 1.0, 1.0])
+    assert reinforce(returns, nothing)[1] == 1 - (2**24 + 2) / 3
+    # float32's .1 is 1.49e-9 above float64's
+    tenth = Moments.of(torch.tensor([0.1], dtype=torch.float64), torch.ones(1, dtype=torch.bool))
+    assert_close(reinforce(torch.tensor([0.1]), tenth), torch.tensor([1.490116e-9]), rtol=1e-5, atol=0)
+
+
+def test_dtypes_and_shapes():
+    mask = torch.ones(2, dtype=torch.bool)
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+        returns = torch.tensor([1.0, 1.0078125], dtype=dtype)
+        advantages = rloo(returns, 2), grpo(returns, 2), reinforce(returns, Moments.of(returns, mask))
+        assert {x.dtype for x in advantages} == {expected}
+    for estimate in (
+        lambda x: rloo(x, 2),
+        lambda x: grpo(x, 2),
+        lambda x: reinforce(x, Moments.of(x, x > 0)),
+    ):
+        with pytest.raises(ValueError, match="returns has shape"):
+            estimate(torch.ones(2, 2))

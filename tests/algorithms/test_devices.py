@@ -6,6 +6,7 @@ With the default device set to "meta", a tensor made without `device=` has no da
 import torch
 
 from rlhf_exp.algorithms import baselines, gae, ilql, kl, logprob, masked, pairwise, ppo
+from rlhf_exp.algorithms.repetition import Repetition
 from rlhf_exp.algorithms.support import Support
 
 
@@ -15,6 +16,9 @@ def test_results_stay_on_the_device_of_the_arguments(lengths_mask):
     allowed = torch.rand(5, 7) < 0.5
     hidden, weight, targets = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)
     allowed[torch.arange(5), targets] = True
+    came_before = Repetition(
+        1.3, torch.randint(7, (2, 3)), torch.tensor([0, 0, 1, 1, 1]), torch.ones(5).long()
+    )
     positions, index = torch.arange(5) == 1, torch.tensor([2, 0])
     hidden.requires_grad_()
     with torch.device("meta"):
@@ -33,6 +37,7 @@ def test_results_stay_on_the_device_of_the_arguments(lengths_mask):
             logprob.token_logprobs(hidden @ weight.T, targets, allowed=allowed),
             logprob.entropy(hidden @ weight.T, allowed=allowed),
             *logprob.linear_logprobs(hidden, weight, None, targets, 1.0, support, (positions, [6]), 2),
+            *logprob.linear_logprobs(hidden, weight, None, targets, chunk_size=2, repetition=came_before),
             kl.kl_divergence_estimate(x, x, "k3", mask),
             kl.full_kl(x, x),
             kl.kl_rewards(scores, x, mask, 0.1),

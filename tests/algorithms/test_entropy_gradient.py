@@ -69,3 +69,13 @@ def test_without_it_the_entropy_has_no_gradient_and_the_log_probs_the_same(case)
     gradients = [torch.autograd.grad(out.logprobs.sum(), hidden)[0] for out in (plain, more)]
     assert torch.equal(*gradients)
     assert torch.equal(plain.logprobs, more.logprobs)
+
+
+def test_bfloat16_states_get_a_gradient_in_bfloat16(case):
+    hidden, weight, targets, _ = case
+    half, matrix = hidden.detach().bfloat16().requires_grad_(), weight.bfloat16()
+    linear_logprobs(half, matrix, None, targets, entropy_gradient=True).entropy.sum().backward()
+    wide = half.detach().double().requires_grad_()
+    entropy(wide @ matrix.double().T).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert_close(half.grad.double(), wide.grad, atol=0.05, rtol=0.02)

@@ -108,3 +108,16 @@ def test_gamma_and_lam_in_range(bad):
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="values has shape"):
         gae(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool), 1.0, 1.0)
+
+
+def test_half_precision_is_computed_in_float32():
+    # .9 * V_1 = .9 * 1.0078125 = .90703125 is no bf16 number
+    rewards, mask = torch.zeros(1, 2).bfloat16(), torch.ones(1, 2, dtype=torch.bool)
+    out = gae(rewards, torch.tensor([[0.0, 1.0078125]]).bfloat16(), mask, 0.9, 0.0)
+    assert out.advantages.dtype == torch.float32
+    assert_close(out.advantages, torch.tensor([[0.90703125, -1.0078125]]))
+
+
+def test_an_answer_of_one_token():
+    out = gae(torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[True]]), 0.9, 0.9)
+    assert (out.advantages.tolist(), out.returns.tolist()) == ([[2.0]], [[3.0]])

@@ -122,6 +122,15 @@ def test_full_kl_with_removed_tokens():
     assert_close(full_kl(removed, torch.zeros(3)), torch.tensor(math.log(1.5)))
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_full_kl_of_half_precision_in_float32(half):
+    # 1/40 each, and 1/39 each without one token: log(40 / 39) is the difference of two logarithms near 3.7
+    p, q = torch.zeros(40), torch.zeros(40)
+    p[0] = -math.inf
+    given = [x.bfloat16() if i == half else x for i, x in enumerate((p, q))]
+    assert_close(full_kl(*given), torch.tensor(math.log(40 / 39)), atol=1e-6, rtol=0)
+
+
 def test_rewards_by_hand():
     scores = torch.tensor([10.0, -3.0])
     kl = torch.tensor([[1.0, 2.0, NAN], [4.0, 5.0, 6.0]])
@@ -191,6 +200,18 @@ def test_the_controller_finds_the_target():
         for _ in range(400):
             beta = next_kl_coef(beta, 2 / beta, 6.0, 1000, 100)
         assert 2 / beta == pytest.approx(6.0, rel=1e-3)
+
+
+def test_target_and_horizon_below_1_are_fine():
+    # KL .55 of .5: error .1; 1 answer of a horizon of .5
+    assert next_kl_coef(1.0, 0.55, 0.5, 0.5, 1) == pytest.approx(1.2)
+
+
+def test_one_step_cannot_take_the_coefficient_below_0():
+    # 10 answers of a horizon of 2: 1 - .2 * 5 = 0; of 2.25: 1 - .2 * 10 / 2.25 = 1/9
+    with pytest.raises(ValueError, match="horizon must be more than a fifth of the 10 episodes, got 2"):
+        next_kl_coef(1.0, 0.0, 6.0, 2, 10)
+    assert next_kl_coef(1.0, 0.0, 6.0, 2.25, 10) == pytest.approx(1 / 9)
 
 
 @pytest.mark.parametrize(("target", "horizon"), [(0.0, 10.0), (6.0, 0.0), (-1.0, 10.0), (math.nan, 10.0)])

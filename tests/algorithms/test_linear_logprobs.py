@@ -53,7 +53,7 @@ def test_by_hand():
     assert_close(hidden.grad, torch.tensor([[math.log(2) / 3, 1 / 3]]))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0, 2.5])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("restricted", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, None])
@@ -298,6 +298,12 @@ def test_int32_targets():
     hidden, weight, bias, targets, _ = problem()
     arguments = hidden, weight, bias
     assert_close(linear_logprobs(*arguments, targets.int()), linear_logprobs(*arguments, targets))
+    gradients = []
+    for ids in (targets.int(), targets):
+        leaf = hidden.clone().requires_grad_()
+        linear_logprobs(leaf, weight, bias, ids).logprobs.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])
@@ -325,3 +331,32 @@ def test_shapes_and_temperature_are_checked():
         linear_logprobs(hidden, weight, bias, targets, suppressed=(torch.ones(2, dtype=torch.bool), [0]))
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(hidden, weight, bias, targets, temperature=0)
+
+
+def test_the_budget_is_64_megabytes():
+    assert logprob.LOGIT_BUDGET * torch.float32.itemsize == 64 * 2**20
+
+
+def test_the_hidden_states_are_left_as_they_are():
+    hidden, weight, bias, targets, _ = problem()
+    before = hidden.clone()
+    hidden.requires_grad_()
+    for entropy_gradient in (False, True):
+        linear_logprobs(
+            hidden, weight, bias, targets, chunk_size=4, entropy_gradient=entropy_gradient
+        ).logprobs.sum().backward()
+        assert torch.equal(hidden.detach(), before)
+
+
+def test_no_second_derivative_is_given_instead_of_a_wrong_one():
+    hidden, weight, bias, targets, _ = problem()
+    out = linear_logprobs(hidden.requires_grad_(), weight, bias, targets)
+    (gradient,) = torch.autograd.grad(out.logprobs.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_suppressing_no_token_changes_nothing():
+    hidden, weight, bias, targets, _ = problem()
+    got = linear_logprobs(hidden, weight, bias, targets, suppressed=(torch.ones(N, dtype=torch.bool), []))
+    assert_close(got, linear_logprobs(hidden, weight, bias, targets))

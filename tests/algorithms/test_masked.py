@@ -180,3 +180,20 @@ def test_shapes_are_checked_with_given_moments_and_for_rows():
     for function in (last_token, sequence_weights):
         with pytest.raises(ValueError, match=r"expected \[B, T\]"):
             function(torch.ones(2, 2, 2, dtype=torch.bool))
+
+
+def test_variance_of_half_precision_in_float32():
+    # 0, 1, 1: mean 2/3, squares 4/9 + 1/9 + 1/9; a bf16 deviation has 3 digits
+    var = masked_var(torch.tensor([0.0, 1.0, 1.0]).bfloat16(), torch.ones(3, dtype=torch.bool))
+    assert var.dtype == torch.float32
+    assert_close(var, torch.tensor(2 / 9))
+
+
+def test_the_default_of_eps_is_1e_8():
+    # deviations of 1e-4 have the variance 1e-8: 1e-4 / sqrt(2e-8)
+    whitened = whiten(torch.tensor([1e-4, -1e-4]), torch.ones(2, dtype=torch.bool))
+    assert_close(whitened, torch.tensor([math.sqrt(0.5), -math.sqrt(0.5)]))
+
+
+def test_last_token_of_a_row_of_one():
+    assert last_token(torch.tensor([[True, False, False]])).tolist() == [0]

@@ -244,3 +244,41 @@ def test_micro_batches_of_the_token_wise_loss_add_up():
 def test_a_pair_without_a_compared_token_is_an_error():
     with pytest.raises(ValueError, match=r"rows \[1\]"):
         token_wise_loss(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([[True], [False]]))
+
+
+def test_what_is_the_same_again_after_a_difference_is_compared():
+    chosen, rejected = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4], [1, 2, 3, 9]])
+    mask = compared_tokens(chosen, rejected, torch.tensor([4, 4]), torch.tensor([4, 4]))
+    assert mask.tolist() == [[False, True, True, True], [False, False, False, True]]
+
+
+def test_only_pairs_without_a_compared_token_are_named():
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        token_wise_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+
+
+def test_nan_outside_the_mask_reaches_no_gradient():
+    chosen = torch.tensor([[math.nan, 1.0]], requires_grad=True)
+    token_wise_loss(chosen, torch.zeros(1, 2), torch.tensor([[False, True]])).backward()
+    # -sigmoid(-1)
+    assert_close(chosen.grad, torch.tensor([[0.0, -0.2689414]]))
+
+
+def test_an_infinite_difference_costs_nothing():
+    assert pairwise_loss(torch.tensor([math.inf]), torch.zeros(1)) == 0
+
+
+def test_arguments_of_the_other_losses_are_checked():
+    one, two = torch.zeros(1, 2), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="rejected has shape"):
+        token_wise_loss(two, one, torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="rejected has shape"):
+        compared_tokens(two, one, torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="lengths has shape"):
+        held(two, torch.ones(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rejected has shape"):
+        centering_loss(torch.zeros(2), torch.zeros(1))
+    with pytest.raises(ValueError, match="denominator"):
+        token_wise_loss(two, two, torch.ones(2, 2, dtype=torch.bool), denominator=0)
+    with pytest.raises(ValueError, match="denominator"):
+        centering_loss(torch.zeros(2), torch.zeros(2), denominator=0)

@@ -63,6 +63,19 @@ def test_dual_clip_leaves_positive_advantages_alone():
     arguments = (torch.tensor([8.0, 0.01]).log(), torch.zeros(2), torch.tensor([1.0, 1.0]), ALL[:2])
     plain = policy_loss(*arguments, 0.2, 0.2, 1)
     assert_close(policy_loss(*arguments, 0.2, 0.2, 1, dual_clip=2.0), plain)
+    # A = 1/2: the bound of -1 would be below -.5 * 1.2
+    arguments = (torch.tensor([1.5]).log(), torch.zeros(1), torch.tensor([0.5]), ALL[:1])
+    assert_close(policy_loss(*arguments, 0.2, 0.2, 1, dual_clip=2.0).loss, torch.tensor(-0.6))
+
+
+def test_a_loss_at_the_bound_of_the_dual_clip_is_not_cut():
+    logprobs = torch.tensor([0.75], requires_grad=True)
+    ratio = logprobs.detach().exp().item()
+    out = policy_loss(logprobs, torch.zeros(1), -torch.ones(1), ALL[:1], 0.2, 0.2, 1, dual_clip=ratio)
+    assert out.loss == ratio
+    assert out.clipfrac == 0
+    out.loss.backward()
+    assert logprobs.grad == ratio
 
 
 def test_policy_loss_by_brute_force(lengths_mask):
@@ -258,6 +271,19 @@ def test_half_precision_is_computed_in_float32():
         torch.tensor([0.5, 0]).bfloat16(), torch.tensor([256.0, 0]).bfloat16(), ALL[:2]
     )
     assert_close(explained, torch.tensor(0.0039024), atol=1e-6, rtol=0)
+
+
+def test_a_value_loss_of_half_precision_is_computed_in_float32():
+    # .8984375^2 / 2 is no bf16 number
+    x, zero = torch.tensor([0.8984375]).bfloat16(), torch.zeros(1).bfloat16()
+    assert_close(value_loss(x, x, zero, ALL[:1], None, 1).loss, torch.tensor(0.8984375**2 / 2))
+
+
+def test_float64_gives_float64(lengths_mask):
+    for loss, x, rest in losses(lengths_mask, torch.float64):
+        assert {field.dtype for field in loss(x, *rest)} == {torch.float64}
+        # without weights too
+        assert {field.dtype for field in loss(x, *rest[:3], None)} == {torch.float64}
 
 
 @pytest.mark.parametrize("denominator", [0, -1])

@@ -168,9 +168,21 @@ def test_what_does_not_fit_is_refused():
         call(length=torch.zeros_like(repetition.length))
     with pytest.raises(ValueError, match="lengths before a position must be from 1 to 9"):
         call(length=repetition.length + 5)
+    with pytest.raises(ValueError, match="lengths before a position must be from 1 to 9"):
+        call(length=repetition.length.scatter(0, torch.tensor([4]), 0))  # one alone
     with pytest.raises(ValueError, match="outside the vocabulary of 23"):
         call(ids=repetition.ids + 1)
+    with pytest.raises(ValueError, match="outside the vocabulary of 23"):
+        call(ids=repetition.ids.where(repetition.ids != 22, -1).index_fill(1, torch.tensor([8]), 22))
     with pytest.raises(ValueError, match="has 1 positions, not 11"):
         call(row=repetition.row[:1], length=repetition.length[:1])
     with pytest.raises(ValueError, match="length has shape"):
         call(length=repetition.length[:1])
+
+
+def test_one_token_repeated_is_fine():
+    hidden, weight, bias, targets, repetition, before = problem()
+    same = repetition._replace(ids=torch.full_like(repetition.ids, 3))
+    got = linear_logprobs(hidden, weight, bias, targets, repetition=same)
+    logits = plain(hidden @ weight.T + bias, [{3}] * len(before), repetition.penalty)
+    assert_close(got.logprobs, token_logprobs(logits, targets))

@@ -28,6 +28,11 @@ def test_dots_leave_room_for_the_named_dimensions():
         check_shapes(logits=(torch.zeros(()), "... V"))
 
 
+def test_the_sizes_of_dots_are_said():
+    with pytest.raises(ValueError, match=r"\[3\], expected \[\.\.\.\] with \.\.\. = \(2,\) as in logits"):
+        check_shapes(logits=(torch.zeros(2, 5), "... V"), targets=(torch.zeros(3), "..."))
+
+
 @pytest.mark.parametrize("name", ["mask", "allowed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
 def test_masks_are_bool(name, dtype):

@@ -291,3 +291,25 @@ def test_chat_templates_that_cannot_be_used(chatty, dataset, template, reason):
     chatty.chat_template = template
     with pytest.raises(InputError, match=reason):
         encode_prompt(chatty, dataset("reviews", "unused", template=CHAT), "hi")
+
+
+def test_a_chat_template_that_writes_its_bos_gets_no_second_one(chatty, dataset):
+    from tokenizers.processors import TemplateProcessing
+
+    chatty.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", EOS)]
+    )
+    data = dataset("reviews", "unused", template=CHAT)
+    assert encode_prompt(chatty, data, "hi")[0] == EOS  # put there as the tokenizer would
+    chatty.chat_template = "</s>" + CHATML
+    ids = encode_prompt(chatty, data, "hi")
+    assert ids[0] == EOS and ids[1] != EOS
+
+
+def test_the_preamble_stands_before_everything_once(tokenizer, dataset):
+    template = Template(preamble="Be {good}.\n", prompt="Q: {prompt}\nA:", turn="Q: {prompt}\nA:{response}\n")
+    assert str(frame(template, "a")) == "Be {good}.\nQ: a\nA:"
+    dialogue = Dialogue("c", (("a", "b"),), "s")
+    assert str(frame(template, dialogue)) == "Be {good}.\ns\nQ: a\nA:b\nQ: c\nA:"
+    data = dataset("reviews", "unused", template=template, max_prompt_tokens=20)
+    assert tokenizer.decode(encode_prompt(tokenizer, data, dialogue)) == "Be {good}.\ns\nQ: c\nA:"

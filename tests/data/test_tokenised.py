@@ -68,8 +68,22 @@ def test_whatever_matters_makes_it_anew(tokenizer, dataset, write, work):
     assert again(template=replace(data.template, prompt="Q: {prompt}")) == 5
     assert again(limit=1) == 6
     assert again(name="only for display") == 6
-    write("train.jsonl", ROWS[:1])
+    write("train.jsonl", [*ROWS, {**ROWS[0], "opening": "another"}])
     assert again() == 7
+
+
+def test_what_a_loader_makes_of_the_same_file_counts(tokenizer, dataset, write, work, monkeypatch):
+    from rlhf_exp.data import reviews
+
+    data = dataset("reviews", write("train.jsonl", ROWS))
+    assert len(tokenised(tokenizer, "k", data, "prompts", "train").prompts) == 2
+    original = reviews.prompts
+    monkeypatch.setitem(reviews.VIEWS, "prompts", lambda row, d: original({**row, "opening": "z"}, d))
+    from rlhf_exp.data import load
+
+    load._read.cache_clear()
+    assert tokenised(tokenizer, "k", data, "prompts", "train").prompts == [tokenizer("z")["input_ids"]]
+    load._read.cache_clear()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:40] + b"x" + b[41:]])

@@ -79,7 +79,7 @@ def test_a_folder_without_weights_is_enough(tmp_path, output):
     [
         (
             ("stage=ppo", "lora=full"),
-            "lora.full is for sft: all stages share one base, so ppo trains adapters",
+            "lora.full is for sft, not for ppo: the other stages share one base",
         ),
         (("stage=ppo", "model.from_scratch=true"), "model.from_scratch=true gives random weights"),
         (("stage=sft", "model.from_scratch=true"), "add lora=full"),

@@ -513,7 +513,7 @@ def test_a_stage_that_stops(cli, tmp_path, breaking, monkeypatch, error, code, s
 
 
 def test_a_start_that_is_not_sft_fails_the_run(smoke, cli, tmp_path, monkeypatch):
-    """The self-check is on in a real run: a reference that is the plain base is refused."""
+    """The first iteration asserts it too, whatever the self-check looked at: here the reference is the plain base."""
     from rlhf_exp.stages import ppo
 
     build = ppo.build_actors
@@ -525,7 +525,7 @@ def test_a_start_that_is_not_sft_fails_the_run(smoke, cli, tmp_path, monkeypatch
 
     monkeypatch.setattr(ppo, "build_actors", wrong)
     words = [f"adapters.{stage}={smoke.folder(stage)}" for stage in ("sft", "reward")]
-    result = cli.call(*cli.SHORT_PPO, *words, "output_dir=out")
+    result = cli.call(*cli.SHORT_PPO, *words, "selfcheck=off", "output_dir=out")
     assert result.code == 1
     assert "PPO does not start where SFT ended" in result.err
     assert [record["status"] for record in cli.records(tmp_path / "out")["ppo"]] == ["FAILED"]

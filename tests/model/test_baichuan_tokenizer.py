@@ -203,5 +203,5 @@ def test_a_missing_tokenizer_is_said(tmp_path: Path):
 
     folder = write_baichuan(tmp_path / "model", "7b")
     (folder / "tokenizer.model").unlink()
-    with pytest.raises(InputError, match="cannot load the model"):
+    with pytest.raises(InputError, match="cannot read the tokenizer"):
         load_base(Model(name="baichuan", path=str(folder)), "cpu")

@@ -68,7 +68,7 @@ def test_what_peft_saves_is_read(base, ids, tmp_path, kind):
             if "lora_" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
     model.save_pretrained(tmp_path)
-    given.check("sft", tmp_path, base.path, "any")
+    given.check("sft", tmp_path, base.path, "any", "adapters.sft")
     with Roles(base) as roles:
         roles.load("policy", tmp_path)
         assert (roles.trunk("policy", ids) - hidden(model, ids)).abs().max() == 0
@@ -195,17 +195,17 @@ def test_an_incomplete_dora_adapter_is_refused(base, folders, tmp_path):
     first = next(name for name in sorted(stored) if name.endswith("magnitude_vector"))
     save_file({k: v for k, v in stored.items() if k != first}, tmp_path / given.WEIGHTS)
     with pytest.raises(InputError, match=r"no LoRA weights A and B and DoRA magnitudes of model\.layers\.0"):
-        given.check("sft", tmp_path, base.path, base.hash)
+        given.check("sft", tmp_path, base.path, base.hash, "adapters.sft")
     with Roles(base) as roles, pytest.raises(InputError, match=r"it has no .*magnitude_vector"):
         roles.load("policy", tmp_path)
     save_file(stored | {first: torch.zeros(7)}, tmp_path / given.WEIGHTS)
     with pytest.raises(InputError, match=r"magnitude_vector is \(7,\), the base's weight is"):
-        given.check("sft", tmp_path, base.path, base.hash)
+        given.check("sft", tmp_path, base.path, base.hash, "adapters.sft")
     # magnitudes that no config announces
     config = json.loads((tmp_path / given.CONFIG).read_text())
     (tmp_path / given.CONFIG).write_text(json.dumps(config | {"use_dora": False}))
     with pytest.raises(InputError, match="only adapters of plain LoRA and of DoRA are supported"):
-        given.check("sft", tmp_path, base.path, base.hash)
+        given.check("sft", tmp_path, base.path, base.hash, "adapters.sft")
 
 
 def test_peft_reads_an_adapter_of_gpt2_that_we_saved(tmp_path):
@@ -222,7 +222,7 @@ def test_peft_reads_an_adapter_of_gpt2_that_we_saved(tmp_path):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
         ours = roles.trunk("policy", ids)
         roles.save("policy", tmp_path / "adapter")
-    given.check("sft", tmp_path / "adapter", base.path, base.hash)
+    given.check("sft", tmp_path / "adapter", base.path, base.hash, "adapters.sft")
     fresh = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base.path), tmp_path / "adapter"
     ).eval()

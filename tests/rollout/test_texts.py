@@ -9,7 +9,7 @@ import pytest
 from rlhf_exp import schema
 from rlhf_exp.errors import InputError
 from rlhf_exp.rollout.texts import Stops, check_texts, forbidden, token_id
-from rlhf_exp.schema import Generation
+from rlhf_exp.schema import Generation, Model
 from rlhf_exp.stages import preflight
 
 
@@ -152,7 +152,8 @@ def test_what_the_config_refuses():
 
 
 def test_preflight_asks_the_models_tokenizer_before_anything_trains(tiny_path):
-    plan = SimpleNamespace(base=SimpleNamespace(folder=tiny_path))
+    config = SimpleNamespace(model=Model(name="tiny"))
+    plan = SimpleNamespace(base=SimpleNamespace(folder=tiny_path), config=config)
 
     def check(**settings):
         preflight._texts(SimpleNamespace(config=SimpleNamespace(generation=Generation(**settings))), plan)

@@ -203,8 +203,8 @@ def actors(base: Base, adapters: dict[str, Path]) -> Iterator[dict[str, Actors]]
         roles.load("critic", adapters["reward"], trainable=True)
         trunk, own = (ScalarHead(base.hidden_size).reset(seed) for seed in (7, 8))
         yield {
-            "trunk": Actors(roles, "ref", "policy", trunk, None),
-            "own": Actors(roles, "ref", "critic", own, None),
-            "detached": Actors(roles, "ref", "policy", trunk, None, detached=True),
-            "none": Actors(roles, "ref", "policy", None, None),
+            "trunk": Actors(roles, "ref", "policy", trunk, {}),
+            "own": Actors(roles, "ref", "critic", own, {}),
+            "detached": Actors(roles, "ref", "policy", trunk, {}, detached=True),
+            "none": Actors(roles, "ref", "policy", None, {}),
         }

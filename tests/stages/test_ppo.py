@@ -210,7 +210,7 @@ def test_what_is_in_the_padding_does_not_matter(actors, rollout, ppo_config, bas
         monkeypatch.setattr(type(base), "pad_id", property(lambda _, pad=pad: pad))
         experience, metrics = prepare(config, actors, rollout, SCORES, plan[0])
         holes = Experience(
-            *(torch.where(experience.mask, x, math.nan) for x in experience[:-1]), experience.mask
+            *(torch.where(experience.mask, x, math.nan) for x in experience[:5]), experience.mask
         )
         loss, _, _ = loss_of(config, actors, rollout, holes, list(range(ROWS)), holes.mask.sum())
         loss.backward()
@@ -364,13 +364,14 @@ def good(base) -> set[int]:
 def learned(base, good, tmp_path_factory):
     """A run whose reward is the share of good tokens among two."""
 
-    def share(source, roles, head, prompts, responses, size):
+    def share(source, roles, heads, prompts, responses, size, figures):
         return [sum(token in good for token in response) / len(response) for response in responses]
 
     folder = RunFolder(tmp_path_factory.mktemp("learned") / "run", "ppo", "0" * 64)
     folder.start({})
     config = PPORun(
         stage="ppo",
+        seed=2,
         model=Model(name="tiny", source="builtin", lora_targets=["q_proj", "v_proj", "o_proj", "down_proj"]),
         lora=Lora(r=8),
         dataset=Dataset(name="reviews", family="reviews", views=Views(*["builtin:reviews"] * 3)),

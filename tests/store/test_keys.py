@@ -24,7 +24,7 @@ NOT_IN_KEY = {
     *("model.name", "model.path", "model.source", "model.revision"),
     *("dataset.name", "dataset.template.name", "dataset.revision", "run_name", "output_dir"),
     *("dataset.views.demonstrations", "dataset.views.comparisons", "dataset.views.prompts"),
-    *("adapters.sft", "adapters.reward", "adapters.ppo"),
+    *("adapters.sft", "adapters.reward", "adapters.reward_ensemble", "adapters.gold", "adapters.ppo"),
     # for people
     *("model.licence", "model.template", "model.notes"),
     # the memory estimate
@@ -34,7 +34,16 @@ NOT_IN_KEY = {
     # hardware
     *("device", "threads", "strategy.name", "train.micro_batch_size", "ppo.micro_batch_size"),
     # how this command runs; an upstream override arrives as the parents' keys
-    *("resume", "dry_run", "upstream.sft", "upstream.reward", "upstream.ppo"),
+    *(
+        "resume",
+        "checkpoint_every",
+        "dry_run",
+        "selfcheck",
+        "upstream.sft",
+        "upstream.reward",
+        "upstream.gold",
+        "upstream.ppo",
+    ),
     *("tracking.backend", "tracking.uri", "tracking.experiment"),
 }
 

@@ -121,3 +121,87 @@ def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def told(tracker: Remembers) -> list[tuple]:
+    return [(step, values) for kind, step, values in tracker.said if kind == "metrics"]
+
+
+def test_a_log_that_holds_tells_the_tracker_at_commit_and_at_a_good_end(tmp_path: Path) -> None:
+    tracker = Remembers()
+    with RunLog(tmp_path, tracker, hold=True) as log:
+        log.step(0, {"a": 0.0})
+        assert told(tracker) == []
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "a": 0.0}]
+        log.commit()
+        log.commit()
+        assert told(tracker) == [(0, {"a": 0.0})]
+        log.step(1, {"a": 1.0})
+    assert told(tracker) == [(0, {"a": 0.0}), (1, {"a": 1.0})]
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path, tracker, hold=True) as log:
+        log.step(2, {"a": 2.0})
+        raise ZeroDivisionError
+    assert len(told(tracker)) == 2
+
+
+def killed_after_three(tmp_path: Path, tracker: Remembers) -> dict:
+    """Saved after step 2, told so far, then dead in step 4."""
+    log = RunLog(tmp_path, tracker, hold=True)
+    for step in (1, 2):
+        log.step(step, {"a": step / 7})
+        log.samples(step, [{"response": f"of {step}"}])
+    position = json.loads(json.dumps(log.position()))
+    log.commit()
+    log.step(3, {"a": math.nan})
+    log.samples(3, [{"response": "of 3"}])
+    log.close()
+    return position
+
+
+def test_it_goes_on_where_the_position_says(tmp_path: Path) -> None:
+    position = killed_after_three(tmp_path, Remembers())
+    tracker = Remembers()
+    with RunLog(tmp_path, tracker, hold=True, position=position) as log:
+        # what may have been lost on its way, and nothing else
+        assert told(tracker) == [(1, {"a": 1 / 7}), (2, {"a": 2 / 7})]
+        log.step(3, {"a": 3.0})
+        log.samples(3, [{"response": "again"}])
+    assert [line["a"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1 / 7, 2 / 7, 3.0]
+    assert [row["response"] for row in tracker.said[-2][2]] == ["of 1", "of 2", "again"]
+    assert told(tracker)[2:] == [(3, {"a": 3.0})]
+
+
+def test_what_an_attempt_that_was_further_has_told_is_not_told_again(tmp_path: Path) -> None:
+    """The checkpoint of step 3 is damaged: that of step 2 is used, the tracker has step 3 for good."""
+    position = killed_after_three(tmp_path, Remembers()) | {"tracked": 3}
+    tracker = Remembers()
+    with RunLog(tmp_path, tracker, hold=True, position=position) as log:
+        assert [step for step, _ in told(tracker)] == [1, 2, 3]
+        log.step(3, {"a": 3.5})
+        log.step(4, {"a": 4.0})
+        assert log.position()["tracked"] == 4
+    assert [line["a"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1 / 7, 2 / 7, 3.5, 4.0]
+    assert told(tracker)[3:] == [(4, {"a": 4.0})]
+
+
+def test_what_has_arrived_is_not_sent_again_to_the_same_run(tmp_path: Path) -> None:
+    class Slow(Remembers):
+        run_id = "r1"
+        done = False
+
+        def settled(self) -> bool:
+            return self.done
+
+    first = Slow()
+    log = RunLog(tmp_path, first, hold=True)
+    for step in range(1, 5):
+        first.done = step == 4  # the store has what was committed before: steps 1 to 3
+        log.step(step, {"a": step})
+        position = log.position()
+        log.commit()
+    log.close()
+    again, other = Slow(), Slow()
+    other.run_id = "r2"
+    for tracker, steps in ((again, [4]), (other, [1, 2, 3, 4])):
+        RunLog(tmp_path, tracker, hold=True, position=position).close()
+        assert [step for step, _ in told(tracker)] == steps

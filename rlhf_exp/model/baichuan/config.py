@@ -65,7 +65,7 @@ class BaichuanConfig(PreTrainedConfig):
 
     @property
     def normalises_head(self) -> bool:
-        """Whether the output layer's rows count by direction only (NormHead, Yang et al. 2023, section 2.4).
+        """Whether the output layer's rows count by direction only (NormHead, Yang et al. 2023, "Optimizations").
 
         A vocabulary at or above Baichuan 2's is one with tokens added; Baichuan 1 has half as many.
         """
