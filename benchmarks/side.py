@@ -30,14 +30,16 @@ class Side:
 class Child:
     """The parent's end of one system."""
 
-    def __init__(self, name: str, arguments: list[str], python_path: str, threads: int):
+    def __init__(
+        self, name: str, arguments: list[str], python_path: str, threads: int, script: str = "ppo.py"
+    ):
         environment = os.environ | {
             "PYTHONPATH": python_path,
             "OMP_NUM_THREADS": str(threads),
             "TRL_EXPERIMENTAL_SILENCE": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, str(Path(__file__).with_name("ppo.py")), "--system", name, *arguments]
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--system", name, *arguments]
         self.name, self.turns = name, []
         self._log = Path(os.environ.get("TMPDIR", "/tmp"), f"rlhf_exp_bench_{os.getpid()}_{name}.log")
         self._process = subprocess.Popen(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ ROOT = "config"
 INHERITED = ("model", "lora", "strategy", "tracking", "seed", "output_dir", "resume", "device", "threads")
 INHERITED += ("adapters", "upstream")
 GOLD_SEED = 1000  # added to the seed of the gold scorer: past any ensemble's
+TEMPLATE = "dataset/template"
 COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
 UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
 POLICY = ("ppo", "generation", "reward_source", "eval")
@@ -198,8 +199,9 @@ def upstream(
 
     Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
     view that the stage reads (else one must be chosen); to ppo and eval also what they share with a ppo or
-    pipeline run (the optimiser only from pipeline to ppo). Raises InputError whose lines start with
-    `upstream.<stage>: `.
+    pipeline run (the optimiser only from pipeline to ppo). A template that is not the parent's dataset's own is the
+    run's: it flows to a stage with another dataset too, unless that is given one. Raises InputError whose lines
+    start with `upstream.<stage>: `.
     """
     stage = schema.stage_of(role)
     name = role if role == schema.GOLD else stage  # of its settings
@@ -215,7 +217,11 @@ def upstream(
         flowing = _flowing(stage, parent, has_view)
         groups = {g: option for g, option in choices.items() if g.partition("/")[0] in flowing}
         if "dataset" in given.options:
-            groups.pop("dataset/template", None)  # the template of the dataset that was left
+            groups.pop(TEMPLATE, None)  # of the dataset that was left
+            if TEMPLATE not in given.options and (template := _template_of_run(parent, choices)):
+                groups |= {group: option for group, option in choices.items() if group == TEMPLATE}
+                values = {f"dataset.template.{key}": value for key, value in asdict(template).items()}
+                given.values = values | given.values
         chosen = {"stage": stage, **groups, **given.options}
         try:
             composed = load([f"{group}={option}" for group, option in chosen.items()])
@@ -228,6 +234,12 @@ def upstream(
         except InputError as error:
             raise InputError([f"upstream.{name}: {problem}" for problem in error.problems]) from error
         return run, choices_of(composed.hydra)
+
+
+def _template_of_run(parent: schema.Run, choices: dict[str, str]) -> schema.Template | None:
+    """The parent's template if it was chosen, or changed, for the run; None if it is its dataset's own."""
+    own = to_run(load([f"stage={parent.stage}", f"dataset={choices['dataset']}"]), across=False)
+    return None if parent.dataset.template == own.dataset.template else parent.dataset.template
 
 
 def _given(name: str, parent: schema.Run) -> overrides.Settings:

@@ -16,18 +16,21 @@ from typing import Any
 
 from rlhf_exp.fields import did_you_mean, group, leaf, leaves, undeclared, value_problem, walk
 
-STAGES = ("sft", "reward", "ppo", "ilql", "eval", "pipeline")
+STAGES = ("sft", "reward", "probe", "ppo", "ilql", "eval", "export", "pipeline")
 VIEWS = ("demonstrations", "comparisons", "prompts")
 LEARNED = "learned"  # of reward_source.kind, in reward_source.parts, of the two golds
 GOLD = "gold"  # the role of a gold scorer that is learned
+UNPATCHED = "unpatched"  # begins the role of a reward model that reward_source.gate=patch has trained again
 ACTIONS = ("warn", "raise_kl", "lower_lr", "rollback", "stop")  # of a guard
 # which view of its dataset a stage reads
 VIEW = {
     "sft": "demonstrations",
     "reward": "comparisons",
+    "probe": "comparisons",
     "ppo": "prompts",
     "ilql": "demonstrations",  # or what ilql.data says
     "eval": "prompts",
+    "export": "prompts",  # or that of export.role; it is read by what may have to be trained first
     "pipeline": "prompts",
 }
 
@@ -165,6 +168,12 @@ class Fields:
     history: str | None = leaf(
         None, doc="Earlier exchanges, a list of [prompt, response]; null: there are none."
     )
+    margin: str | None = leaf(
+        None, doc="How much better the chosen answer is, a number (reward.margin_coef); null: not known."
+    )
+    source: str | None = leaf(
+        None, doc="Where a comparison comes from, for accuracies by source; null: not known."
+    )
 
 
 @dataclass
@@ -271,9 +280,52 @@ class Reward:
         doc="Weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023: 0.01); 0: off.",
         ge=0,
     )
+    margin_coef: float = leaf(
+        0.0,
+        doc="The loss wants the scores this times a comparison's margin apart (Touvron et al. 2023, eq. 2); 0: off. "
+        "The data has to hold margins (dataset.fields.margin).",
+        ge=0,
+    )
     center: bool = leaf(
+        True, doc="Shift the head's bias so that the training answers of center_on score 0 on average."
+    )
+    center_on: str = leaf(
+        "chosen",
+        doc="chosen: the preferred answers; references: the demonstrations (Stiennon et al. 2020, appendix C.1, the "
+        "human summaries); samples: answers that the SFT policy, then trained first, gives (Ziegler et al. 2019).",
+        choices=("chosen", "references", "samples"),
+    )
+    share_prompts: bool = leaf(
         True,
-        doc="Shift the head's bias so that the training demonstrations or chosen answers score 0 on average.",
+        doc="Compute a pair's prompt once for both answers, the same scores for less work; models that cannot take "
+        "it compute it twice, and it is said.",
+        keyed=False,
+    )
+    micro_batch_tokens: int = leaf(
+        8192,
+        doc="Tokens a forward, prompts counted once, besides train.micro_batch_size; 0: no limit. Changes memory, "
+        "not the result.",
+        ge=0,
+        keyed=False,
+    )
+    faults: list[str] = leaf(
+        [],
+        doc="Known mistakes of other recipes to repeat, by name (stages/reward_faults.py); what each breaks is said.",
+    )
+    negatives: list[str] = leaf(
+        [],
+        doc="Kinds of probes (docs/probes.md) that are rejected answers of more training pairs; "
+        "reward_source.gate=patch sets it.",
+    )
+    negatives_share: float = leaf(
+        0.2, doc="Share of these among all training pairs, as many of each kind.", gt=0, lt=1
+    )
+    probes: int = leaf(
+        32,
+        doc="Validation pairs that are probed at the end; 0: none. Changes no weight: stage=probe probes a trained "
+        "model with more.",
+        ge=0,
+        keyed=False,
     )
 
 
@@ -457,10 +509,14 @@ class PPO:
     gamma: float = leaf(1.0, doc="Discount (gae).", ge=0, le=1)
     lam: float = leaf(0.95, doc="GAE lambda (Schulman et al. 2016).", ge=0, le=1)
     whiten_rewards: bool = leaf(
-        False, doc="Per-token rewards to variance 1, mean kept (Ziegler et al. 2019's code; gae)."
+        False,
+        doc="gae only, others do not look at it: per-token rewards to variance 1, mean kept (Ziegler et "
+        "al. 2019's code).",
     )
     whiten_advantages: bool = leaf(
-        True, doc="Mean 0, variance 1 over the whole batch, padding excluded (gae)."
+        True,
+        doc="gae only, others do not look at it: advantages to mean 0, variance 1 over the whole batch, "
+        "padding excluded.",
     )
     # the update
     cliprange: float = leaf(0.2, doc="Ratio clip (Schulman et al. 2017, eq. 7).", gt=0)
@@ -557,7 +613,7 @@ class ILQL:
     gamma: float = leaf(0.99, doc="Discount.", ge=0, le=1)
     tau: float = leaf(
         0.7,
-        doc="Expectile of V (Kostrikov et al. 2021, eq. 5): 0.5 mean, towards 1 the best token.",
+        doc="Expectile of V (Kostrikov et al. 2021): 0.5 mean, towards 1 the best token.",
         gt=0,
         lt=1,
     )
@@ -585,6 +641,40 @@ class ILQL:
         64, doc="Prompts answered at the end (validation; training where there is none); 0: all.", ge=0
     )
     eval_samples: int = leaf(1, doc="Sampled answers to each of them.", gt=0)
+
+
+@dataclass
+class Limits:
+    """Largest share of prompts at which a probe may score above the real answer (docs/probes.md); 1: whatever it is.
+
+    What says nothing has 1 in 20, what says the wrong thing 1 in 5: less than a random answer of the data gets. What
+    is the real answer plus or minus a little has one half: no policy should gain by it on average.
+    """
+
+    empty: float = leaf(0.05, doc="An answer of no characters.", ge=0, le=1)
+    eos_only: float = leaf(0.05, doc="EOS alone.", ge=0, le=1)
+    short: float = leaf(0.2, doc="The first one to three words of the real answer.", ge=0, le=1)
+    repeated: float = leaf(0.05, doc="Three words of the real answer, repeated.", ge=0, le=1)
+    emoji: float = leaf(0.05, doc="A run of emoji.", ge=0, le=1)
+    echo: float = leaf(0.2, doc="The prompt.", ge=0, le=1)
+    shuffled: float = leaf(0.2, doc="The real answer's words in another order.", ge=0, le=1)
+    other_answer: float = leaf(0.2, doc="The answer to another prompt.", ge=0, le=1)
+    other_language: float = leaf(0.2, doc="A sentence in another language.", ge=0, le=1)
+    refusal: float = leaf(0.2, doc="A refusal; for prompts that are to be refused, raise it.", ge=0, le=1)
+    truncated: float = leaf(0.5, doc="The real answer cut in mid-sentence, without EOS.", ge=0, le=1)
+    unfinished: float = leaf(0.5, doc="The same with EOS.", ge=0, le=1)
+    long: float = leaf(0.5, doc="The real answer and answers to other prompts.", ge=0, le=1)
+    thanks: float = leaf(0.5, doc="The real answer and a sentence of thanks or praise.", ge=0, le=1)
+    whitespace: float = leaf(
+        0.1, doc="Pairs that other whitespace in the real answer orders the other way.", ge=0, le=1
+    )
+    padding: float = leaf(0.1, doc="Pairs that padding orders the other way.", ge=0, le=1)
+    neighbours: float = leaf(0.1, doc="Pairs that the rest of a batch orders the other way.", ge=0, le=1)
+
+
+# what must not matter, and what must not score above the real answer
+SAME = ("whitespace", "padding", "neighbours")
+PROBES = tuple(name for name in Limits.__dataclass_fields__ if name not in SAME)
 
 
 @dataclass
@@ -619,6 +709,32 @@ class RewardSource:
         doc="A scorer that the policy is not trained on, logged as objective/gold: none, a rule, or learned: another "
         "reward model, on the other half of the comparisons (after Gao et al. 2022).",
     )
+    gate: str = leaf(
+        "warn",
+        doc="Before ppo or ilql, where a reward model's probes are above their limits: warn says so, fail stops, "
+        "patch trains it again with synthetic negatives of the kinds that are, off does not look.",
+        choices=("warn", "fail", "patch", "off"),
+        keyed=False,  # what patch trains arrives as the parents' keys
+    )
+    limits: Limits = group(
+        Limits, doc="What the gate holds the probes against: shares of prompts.", keyed=False
+    )
+    patch_share: float = leaf(
+        0.2, doc="Share of synthetic pairs among all that gate=patch trains on.", gt=0, lt=1, keyed=False
+    )
+
+
+@dataclass
+class Probe:
+    """What stage=probe looks at: a reward model's scores of answers that say nothing (docs/probes.md)."""
+
+    pairs: int = leaf(64, doc="Comparisons, those of the smallest prompt ids; 0: all.", ge=0)
+    split: str = leaf(
+        "validation",
+        doc="Of which split of the comparisons.",
+        choices=("validation", "heldout", "train"),
+    )
+    kinds: list[str] = leaf([], doc="Which probes, such as [empty,short]; []: all.")
 
 
 @dataclass
@@ -635,11 +751,38 @@ class Evaluation:
     )
     greedy: bool = leaf(False, doc="Also score each policy's most probable answer (token by token).")
     checkpoints: bool = leaf(True, doc="Evaluate every kept PPO adapter, not only the last.")
+    best: bool = leaf(
+        True,
+        doc="Evaluate the kept PPO adapter that best.json names (ppo.best_metric), too, if it is not the last.",
+    )
+    ema: bool = leaf(True, doc="Evaluate the averaged policy too, where ppo.ema_decay made one.")
 
 
 @dataclass
 class Strategy:
     name: str = leaf("single", doc="How work is spread over devices.", choices=("single",), keyed=False)
+
+
+@dataclass
+class Export:
+    """What stage=export writes, for plain transformers and PEFT to load."""
+
+    role: str = leaf(
+        "ppo",
+        doc="Whose weights: the policy of sft or of ppo (AutoModelForCausalLM), or the reward model "
+        "(AutoModelForSequenceClassification).",
+        choices=("sft", "ppo", "reward"),
+    )
+    form: str = leaf(
+        "merged",
+        doc="merged: all weights, the adapter added to the base's; adapter: its few MB, to be put on the base.",
+        choices=("merged", "adapter"),
+    )
+    dtype: str = leaf(
+        "auto",
+        doc="Of merged weights; auto: what the base runs in. Adapters are float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 @dataclass
@@ -729,6 +872,11 @@ class RewardRun(Run):
 
 
 @dataclass
+class ProbeRun(Run):
+    probe: Probe = group(Probe, doc="What is looked at.")
+
+
+@dataclass
 class PPORun(Run):
     ppo: PPO = group(PPO, doc="The algorithm.")
     optim: Optim = group(Optim, doc="Optimiser.")
@@ -762,6 +910,11 @@ class EvalRun(Run):
 
 
 @dataclass
+class ExportRun(Run):
+    export: Export = group(Export, doc="What is written.")
+
+
+@dataclass
 class PipelineRun(PPORun):
     """All stages in a row; the top-level keys are PPO's, the others are set under `upstream`."""
 
@@ -771,9 +924,11 @@ class PipelineRun(PPORun):
 RUNS: dict[str, type[Run]] = {
     "sft": SFTRun,
     "reward": RewardRun,
+    "probe": ProbeRun,
     "ppo": PPORun,
     "ilql": ILQLRun,
     "eval": EvalRun,
+    "export": ExportRun,
     "pipeline": PipelineRun,
 }
 
@@ -796,14 +951,25 @@ def keys(stage: str) -> list[str]:
 
 
 def view_of(config: Run) -> str:
-    """The view of its dataset that a run reads."""
+    """The view of its dataset that a run reads; of an export, what is exported."""
+    if isinstance(config, ExportRun):
+        return VIEW[config.export.role]
     return config.ilql.data if isinstance(config, ILQLRun) else VIEW[config.stage]
 
 
 def views_of(config: Run) -> tuple[str, ...]:
-    """All views that a run reads: PPO with ppo.ptx_coef reads demonstrations too."""
+    """All views that a run reads: PPO with ppo.ptx_coef, and reward.center_on=references, read demonstrations too."""
     more = isinstance(config, PPORun) and config.stage == "ppo" and config.ppo.ptx_coef > 0
+    if isinstance(config, ExportRun):
+        return ()
+    if isinstance(config, RewardRun):
+        more = config.reward.center and config.reward.center_on == "references"
     return (view_of(config), *(("demonstrations",) if more else ()))
+
+
+def samples_sft(config: Run) -> bool:
+    """Whether a reward model's scores are centred on samples of the SFT policy, which it then stands on."""
+    return isinstance(config, RewardRun) and config.reward.center and config.reward.center_on == "samples"
 
 
 def learns(source: RewardSource) -> bool:
@@ -826,7 +992,7 @@ def member_of(role: str) -> int | None:
 
 def stage_of(role: str) -> str:
     """The stage that makes what takes this role: the gold scorer and an ensemble's members are of stage reward."""
-    return "reward" if role == GOLD or member_of(role) is not None else role
+    return "reward" if role == GOLD or role.startswith(UNPATCHED) or member_of(role) is not None else role
 
 
 def _across(config: Run) -> Iterator[str]:
@@ -847,6 +1013,16 @@ def _across(config: Run) -> Iterator[str]:
         batch, micro = config.train.batch_size, config.train.micro_batch_size
         if batch % min(batch, micro):
             yield f"train.micro_batch_size must divide train.batch_size, got {micro} and {batch}"
+    if isinstance(config, RewardRun):
+        yield from _unknown_probes("reward.negatives", config.reward.negatives)
+    if isinstance(config, ProbeRun):
+        yield from _unknown_probes("probe.kinds", config.probe.kinds, (*PROBES, *SAME))
+    references = isinstance(config, RewardRun) and "demonstrations" in views_of(config)
+    if references and config.dataset.views.demonstrations is None:
+        yield (
+            "reward.center_on=references needs dataset.views.demonstrations, which is null: dataset "
+            f"{config.dataset.name} has none; choose reward.center_on=chosen or samples"
+        )
     if isinstance(config, PPORun):
         batch, minibatches = config.ppo.batch_size, config.ppo.minibatches
         if batch % minibatches:
@@ -877,8 +1053,35 @@ def _across(config: Run) -> Iterator[str]:
         )
 
 
+def _unknown_probes(key: str, given: list[str], known: tuple[str, ...] = PROBES) -> Iterator[str]:
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            yield f"{key}: there is no probe {name}{hint}"
+    if len(set(given)) < len(given):
+        yield f"{key} names a probe twice: {', '.join(given)}"
+
+
+def _across_gate(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
+    source, given = config.reward_source, config.adapters
+    if source.gate not in ("fail", "patch"):
+        return
+    if not learns(source):
+        yield (
+            f"reward_source.gate={source.gate} is of learned reward models, but the reward source has none: leave it "
+            "out, or choose reward_source=learned"
+        )
+    for key, value in (("reward", given.reward), ("reward_ensemble", given.reward_ensemble)):
+        if value and source.gate == "patch":
+            yield (
+                f"reward_source.gate=patch trains the reward model again, but adapters.{key} gives it: leave that "
+                "out, or set reward_source.gate=warn"
+            )
+
+
 def _across_source(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
     source, given = config.reward_source, config.adapters
+    yield from _across_gate(config)
     if source.kind == "sum" and not source.parts:
         yield "reward_source.kind=sum needs reward_source.parts, such as [1*learned,-0.01*length]"
     if source.kind != "sum" and source.parts:

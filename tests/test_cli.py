@@ -19,7 +19,7 @@ from rlhf_exp import cli, compose, conftree, helppage, stages, sweep
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.paths import conf_dir
 
-STAGES = "there are sft, reward, ppo, ilql, eval and pipeline"
+STAGES = "there are sft, reward, probe, ppo, ilql, eval, export and pipeline"
 
 
 def options(group: str, last: str = "and") -> str:
@@ -28,7 +28,7 @@ def options(group: str, last: str = "and") -> str:
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
-NO_STAGE = f"no stage: add stage=sft, reward, ppo, ilql, eval or pipeline, or experiment={options('experiment', 'or')}"
+NO_STAGE = f"no stage: add stage=sft, reward, probe, ppo, ilql, eval, export or pipeline, or experiment={options('experiment', 'or')}"
 
 
 class Pipeline(types.ModuleType):

@@ -21,7 +21,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_exp"
 EVERYBODY = {"__version__", "errors", "fields", "paths", "model.quiet"}
 COMMAND_LINE = {"schema", "conftree", "overrides"}
 MATHS = {"algorithms", "data", "model", "schema"}
-STAGES = {*MATHS, "compose", "evaluation", "fetch", "progress", "rewards", "rollout", "store", "tracking"}
+STAGES = {
+    *MATHS,
+    "compose",
+    "evaluation",
+    "fetch",
+    "probes",
+    "progress",
+    "rewards",
+    "rollout",
+    "store",
+    "tracking",
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "fields": set(),
@@ -32,12 +43,14 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "store": {"schema"},
     "tracking": {"schema", "store", "progress"},
-    "fetch": {"store"},
+    "fetchable": set(),
+    "fetch": {"fetchable", "store"},
     "data": {"schema", "store"},
-    "model": {"schema", "store", "fetch"},
+    "model": {"algorithms", "schema", "store", "fetch"},
     "rollout": MATHS,
     "rewards": MATHS,
     "evaluation": {*MATHS, "rewards", "rollout", "store", "tracking"},
+    "probes": {*MATHS, "evaluation", "rewards"},
     "conftree": {"schema"},
     "overrides": COMMAND_LINE,
     "compose": COMMAND_LINE,

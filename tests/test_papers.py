@@ -46,6 +46,19 @@ def test_there_are_rows_and_each_has_all_columns():
     assert [row for row in ROWS if len(row) != len(COLUMNS)] == []
 
 
+def test_no_number_is_in_doubt():
+    assert [row[0] for row in ROWS if "?" in row[0].replace("Helping or herding?", "")] == []
+
+
+def test_ilqls_sources_have_no_numbers_here_or_in_the_code():
+    """None could be confirmed: secondary sources contradict each other."""
+    cited = [row[0] for row in ROWS if re.search(r"Snell|Kostrikov|Nair|Kumar", row[0])]
+    assert len(cited) == 5
+    text = "\n".join(cited) + (ROOT / "rlhf_exp" / "algorithms" / "ilql.py").read_text(encoding="utf-8")
+    numbers = re.findall(r"(?:section|eq\.) \d[\d.]*\d|(?:section|eq\.) \d", text)
+    assert numbers == ["section 4.2"]  # of TD3, Fujimoto et al. 2018
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
 def test_what_a_row_names_exists(row):
     _, _, functions, tests, keys = row

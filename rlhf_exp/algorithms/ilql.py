@@ -1,8 +1,8 @@
 """Implicit language Q-learning: Q and V learned from a fixed data set, which then steer the decoding.
 
-Snell et al. 2022 (ILQL, arXiv:2206.11871, section 4), on Kostrikov et al. 2021 (IQL, arXiv:2110.06169). A state is
-the prompt and the answer so far, an action is the next token. Q and V of a state are read off the hidden state
-that predicts the token; after the last token of an answer there is no state, and V is 0 there.
+Snell et al. 2022 (ILQL, arXiv:2206.11871), on Kostrikov et al. 2021 (IQL, arXiv:2110.06169), whose losses are L_V,
+L_Q and L_pi. A state is the prompt and the answer so far, an action is the next token. Q and V of a state are read
+off the hidden state that predicts the token; after the last token of an answer there is no state, and V is 0 there.
 
 Every loss is a sum over tokens / `denominator`, the number of tokens of the whole batch: micro-batches add up.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_exp.algorithms.logprob import LOGIT_BUDGET
+from rlhf_exp.algorithms.logits import rows_at_once
 from rlhf_exp.algorithms.masked import last_token, masked_sum
 from rlhf_exp.algorithms.shapes import at_least_float32, check_denominator, check_shapes
 
@@ -37,7 +37,7 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
 def bellman_targets(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """r_t + gamma * V(s_{t+1}) [B, T], a constant; V is 0 after the last token; zero on padding.
 
-    IQL eq. 6, the target of Q: the next state's V takes the place of a maximum over actions, so Q is never asked
+    Of IQL's L_Q, the target of Q: the next state's V takes the place of a maximum over actions, so Q is never asked
     for tokens that the data do not have. rewards, values [B, T], mask bool[B, T] right-padded (ValueError if not:
     a gap would join two answers), gamma in [0, 1].
     """
@@ -52,7 +52,7 @@ def bellman_targets(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float)
 
 
 def bellman_loss(q: Tensor, targets: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:
-    """sum (targets - Q(s, a))^2 / denominator, IQL eq. 6. q, targets [...], mask bool[...]."""
+    """sum (targets - Q(s, a))^2 / denominator, IQL's L_Q. q, targets [...], mask bool[...]."""
     check_shapes(q=(q, "..."), targets=(targets, "..."), mask=(mask, "..."))
     check_denominator(denominator)
     q = torch.where(mask, at_least_float32(q), 0)
@@ -62,7 +62,7 @@ def bellman_loss(q: Tensor, targets: Tensor, mask: Tensor, denominator: float | 
 def expectile_loss(
     values: Tensor, q_target: Tensor, mask: Tensor, tau: float, denominator: float | Tensor
 ) -> Tensor:
-    """sum |tau - 1(u < 0)| u^2 / denominator with u = Q_target(s, a) - V(s), IQL eq. 5.
+    """sum |tau - 1(u < 0)| u^2 / denominator with u = Q_target(s, a) - V(s), IQL's L_V.
 
     tau = 0.5 is half the squared error: V becomes the mean of Q over the data's tokens. tau -> 1 makes it their
     maximum. values, q_target [...], mask bool[...]; q_target is a constant, the smaller of the twin target heads
@@ -98,16 +98,16 @@ def taken_q_and_nll(
 ) -> Taken:
     """Q(s, a) [N], and the conservative term log sum_a' exp Q(s, a') - Q(s, a) [N].
 
-    The term is CQL's (Kumar et al. 2020, arXiv:2006.04779, eq. 4) as ILQL has it: the cross-entropy of the taken
+    The term is CQL's (Kumar et al. 2020, arXiv:2006.04779, CQL(H)) as ILQL has it: the cross-entropy of the taken
     token under softmax(Q). It lowers Q of tokens that the data do not have, which nothing else would.
 
     features [N, k], weight [V, k], bias [V] or None, actions int64[N]. `chunk_size` positions at once (by default
-    as many as LOGIT_BUDGET allows): where there are several chunks, each is computed again in the backward, so that
+    `rows_at_once`): where there are several chunks, each is computed again in the backward, so that
     of [N, V] only [chunk_size, V] is ever held.
     """
     check_shapes(features=(features, "N k"), weight=(weight, "V k"), actions=(actions, "N"))
     if chunk_size is None:
-        chunk_size = max(1, LOGIT_BUDGET // weight.shape[0])
+        chunk_size = rows_at_once(weight)
     if len(features) <= chunk_size:
         return Taken(*_q_and_nll(features, weight, bias, actions))
     parts = [
@@ -136,7 +136,7 @@ def token_loss(losses: Tensor, mask: Tensor, denominator: float | Tensor) -> Ten
 def awac_weights(q_target: Tensor, values: Tensor, beta: float, most: float = MAX_WEIGHT) -> Tensor:
     """min(exp(beta * (Q_target(s, a) - V(s))), most) [...], constants: 1 everywhere at beta = 0.
 
-    Nair et al. 2020 (AWAC, arXiv:2006.09359, section 4); IQL eq. 7. This beta shapes the training of the policy's
+    Nair et al. 2020 (AWAC, arXiv:2006.09359); IQL's L_pi. This beta shapes the training of the policy's
     logits and has nothing to do with that of the decoding.
     """
     check_shapes(q_target=(q_target, "..."), values=(values, "..."))
@@ -144,7 +144,7 @@ def awac_weights(q_target: Tensor, values: Tensor, beta: float, most: float = MA
 
 
 def awac_loss(logprobs: Tensor, weights: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:
-    """-sum weights * log pi(a | s) / denominator, IQL eq. 7; with weights of 1 the loss of SFT.
+    """-sum weights * log pi(a | s) / denominator, IQL's L_pi; with weights of 1 the loss of SFT.
 
     logprobs, weights [...], mask bool[...].
     """
@@ -167,7 +167,7 @@ def polyak_update(targets: Iterable[Tensor], online: Iterable[Tensor], rate: flo
 def decoding_bonus(q_target: Tensor, values: Tensor, beta: float) -> Tensor:
     """beta * (Q_target(s, .) - V(s)) [B, V], to be added to the policy's logits before anything else.
 
-    So pi(a | s) is proportional to pi_b(a | s) * exp(beta * (Q(s, a) - V(s))): Snell et al. 2022, section 4, policy
+    So pi(a | s) is proportional to pi_b(a | s) * exp(beta * (Q(s, a) - V(s))): Snell et al. 2022, policy
     extraction. q_target [B, V], values [B]. V is the same for every token of a state and changes no probability; it
     keeps the numbers small. beta = 0 adds exactly 0.
     """

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_exp.algorithms.logits import OutputLayer, rows_at_once
 from rlhf_exp.algorithms.repetition import Repetition, penalise, penalise_gradient
 from rlhf_exp.algorithms.shapes import at_least_float32, check_shapes
 from rlhf_exp.algorithms.support import Support
-
-LOGIT_BUDGET = 2**24  # logits held at once: 64 MB in float32, of which a chunk needs about two
 
 
 def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
@@ -83,8 +81,8 @@ def linear_logprobs(
     hidden [N, d] of real positions only, weight [V, d], bias [V] or None, targets int[N]; `support` of
     the N positions, or None for all tokens; `suppressed` (bool[N], token ids[S]) forbids these ids where it is
     True, (bool[N, S], ids) each where its own column is; `repetition` penalises the logits before the
-    temperature, with the tokens before each position. The product is taken in the dtype of `hidden`, the softmax
-    in float32 or wider. `chunk_size` positions are worked on at once, by default as many as LOGIT_BUDGET allows.
+    temperature, with the tokens before each position. Logits (logits.py) and softmax are in float32 or wider, the
+    gradient in the dtype of `hidden`. `chunk_size` positions are worked on at once, by default `rows_at_once`.
 
     The output layer is frozen and each log-prob receives one number from above, so its gradient d logp / d
     hidden = ((onehot - p) * d logits' / d logits) @ weight / temperature is complete in the forward: it is
@@ -92,7 +90,7 @@ def linear_logprobs(
     With `entropy_gradient` the entropy's is too: d H / d logits' = -p (log p + H).
 
     The softmax is taken once, in place: e = exp(logits - max), of which sums, log-probs and the gradient are made.
-    The division by the sum is left to [N, d]. `entropy=False` saves its two passes over the logits.
+    The division by the sum is left to [N, d]. `entropy=False` saves a copy of the logits and two passes over it.
 
     Raises ValueError for a target outside the vocabulary or its kept set, naming the position (a silent -inf
     would become a NaN loss), and for an output layer that wants a gradient (`token_logprobs` gives one).
@@ -103,7 +101,6 @@ def linear_logprobs(
     targets = targets.long()
     if bias is not None:
         check_shapes(weight=(weight, "V d"), bias=(bias, "V"))
-        bias = bias.to(hidden.dtype)
     if support is not None:
         check_shapes(hidden=(hidden, "N d"), **{"support.counts": (support.counts, "N")})
     if suppressed is not None:
@@ -121,7 +118,7 @@ def linear_logprobs(
             "linear_logprobs gives no gradient to the output layer: freeze it, or use token_logprobs"
         )
     if chunk_size is None:
-        chunk_size = max(1, LOGIT_BUDGET // weight.shape[0])
+        chunk_size = rows_at_once(weight)
     # Inside a Function's forward gradients are always off, so this can only be asked here.
     with_gradient = hidden.requires_grad and torch.is_grad_enabled()
     weight = weight.to(hidden.dtype)
@@ -167,10 +164,11 @@ class _LinearLogprobs(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if with_gradient else None
         of_entropy = torch.empty_like(hidden) if entropy_gradient else None
         supports = support.split(chunk_size) if support is not None else None
+        layer = OutputLayer(weight, bias, hidden.dtype)
         for i, start in enumerate(range(0, len(hidden), chunk_size)):
             rows = slice(start, start + chunk_size)
             target = targets[rows].unsqueeze(1)
-            logits = at_least_float32(F.linear(hidden[rows], weight, bias))
+            logits = layer(hidden[rows])
             if repetition is not None:
                 seen = repetition.seen(rows)
                 factors = penalise(logits, seen, repetition.penalty)
@@ -180,22 +178,24 @@ class _LinearLogprobs(torch.autograd.Function):
             _restrict(logits, supports[i] if supports is not None else None, suppressed, rows)
             own = logits.gather(1, target)
             kept[rows] = (own != -torch.inf).squeeze(1)
-            # a softmax without its division: exp(logits - max), in place, and the sums
+            # a softmax without its division: exp(logits - max) and its sums
             most = logits.amax(dim=1, keepdim=True)
-            exps = logits.sub_(most).exp_()
+            shifted = logits.sub_(most)
+            exps = shifted.exp_() if entropies is None else shifted.exp()
             sums = exps.sum(dim=1, keepdim=True)
             logprobs[rows] = (own - most - sums.log()).squeeze(1)
             kept_mass[rows] = _kept_mass((most + sums.log()).squeeze(1), before)
             if entropies is not None:
-                probs = exps / sums
-                terms = torch.special.entr(probs)
-                entropies[rows] = terms.sum(dim=1)
+                # H = log S - sum e x / S with e = exp(x), S their sum; what is forbidden has e = 0
+                shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+                entropies[rows] = (
+                    sums.log() - torch.linalg.vecdot(exps, shifted).unsqueeze(1) / sums
+                ).squeeze(1)
                 if of_entropy is not None:
-                    slope = terms.addcmul_(probs, entropies[rows].unsqueeze(1), value=-1)
+                    slope = shifted.add_(entropies[rows].unsqueeze(1) - sums.log()).mul_(exps).div_(-sums)
                     if repetition is not None:
                         penalise_gradient(slope, seen, factors)
                     of_entropy[rows] = slope.to(hidden.dtype) @ weight / temperature
-                del probs, terms
             if gradient is not None:
                 # (p - onehot) * sums: where p is near 1, onehot - p must not be a difference of rounded products
                 residual = exps.scatter_add_(1, target, -sums)

@@ -48,13 +48,14 @@ def token_wise_loss(
     mask: Tensor,
     denominator: float | Tensor | None = None,
     label_smoothing: float = 0.0,
+    margin: Tensor | None = None,
 ) -> Tensor:
     """The pairwise loss at every token where `mask` is True, a mean within each pair, summed over B / denominator.
 
     The reward loss of trlX's TL;DR example and of DeepSpeed-Chat (Yao et al. 2023, arXiv:2308.01320), which compares
     all scores from the first token where the answers differ: `compared_tokens` gives that mask.
-    chosen, rejected [B, T] scores after each token, mask bool[B, T]; padding never matters. Raises ValueError
-    for a pair in which no token counts.
+    chosen, rejected [B, T] scores after each token, mask bool[B, T]; padding never matters. margin [B], a pair's at
+    each of its tokens. Raises ValueError for a pair in which no token counts.
     """
     check_shapes(chosen=(chosen, "B T"), rejected=(rejected, "B T"), mask=(mask, "B T"))
     if not mask.any(dim=1).all():
@@ -64,6 +65,9 @@ def token_wise_loss(
         denominator = len(chosen)
     check_denominator(denominator)
     difference = torch.where(mask, at_least_float32(chosen) - at_least_float32(rejected), 0)
+    if margin is not None:
+        check_shapes(chosen=(chosen, "B T"), margin=(margin, "B"))
+        difference = difference - margin.unsqueeze(1)
     return masked_mean(_smoothed(difference, label_smoothing), mask, dim=1).sum() / denominator
 
 

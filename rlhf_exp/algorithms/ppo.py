@@ -16,6 +16,9 @@ from rlhf_exp.algorithms.kl import kl_divergence_estimate
 from rlhf_exp.algorithms.masked import masked_sum, masked_var
 from rlhf_exp.algorithms.shapes import at_least_float32, check_denominator, check_shapes
 
+# of log-ratios: beyond, exp overflows and inf * 0 would send NaN through the gradient; verl's bound too
+FARTHEST = 20.0
+
 
 class PolicyLoss(NamedTuple):
     """Scalars that add over micro-batches, but for `ratio_max`: maximum. Only `loss` has a gradient."""
@@ -50,7 +53,8 @@ def policy_loss(
     Schulman et al. 2017 (arXiv:1707.06347) eq. 7, ratio = exp(logprobs - old_logprobs); two bounds as in Yu
     et al. 2025 (DAPO, arXiv:2503.14476, Clip-Higher). `dual_clip` c > 1 also bounds the loss of a token
     with A < 0 at -c A (Ye et al. 2020, arXiv:1912.09729, dual-clip PPO). logprobs, old_logprobs,
-    advantages, weights [...], mask bool[...]. `approxkl` is Schulman's k3, (ratio - 1) - log ratio
+    advantages, weights [...], mask bool[...]. Log-ratios are bounded at +-FARTHEST, without a gradient beyond.
+    `approxkl` is Schulman's k3, (ratio - 1) - log ratio
     ("Approximating KL Divergence", 2020).
     """
     check_shapes(
@@ -62,6 +66,7 @@ def policy_loss(
     check_denominator(denominator)
     # Padding is cleared here, ahead of everything: this is also where NaN in the backward ends.
     log_ratio = torch.where(mask, at_least_float32(logprobs) - at_least_float32(old_logprobs), 0)
+    log_ratio = log_ratio.clamp(-FARTHEST, FARTHEST)
     advantages = at_least_float32(advantages)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio

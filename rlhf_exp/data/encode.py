@@ -116,18 +116,6 @@ def encode_responses(
     return [ids[: dataset.max_response_tokens] for ids in encoded]
 
 
-def encode_prompt(tokenizer: Any, dataset: Dataset, prompt: Asked, cuts: Cuts | None = None) -> list[int]:
-    """`encode_prompts` of one."""
-    return encode_prompts(tokenizer, dataset, [prompt], cuts)[0]
-
-
-def encode_response(
-    tokenizer: Any, dataset: Dataset, response: str, eos: bool = True, cuts: Cuts | None = None
-) -> list[int]:
-    """`encode_responses` of one."""
-    return encode_responses(tokenizer, dataset, [response], eos, cuts)[0]
-
-
 def prefix(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts before every text by itself."""
     plain = encode_texts(tokenizer, ["a"])[0]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_exp.data.dialogues import HUMAN, Turn, exchanges, opening, optional
-from rlhf_exp.data.records import Asked, Comparison, Demonstration, Drop, Prompt, prompt_id, text
+from rlhf_exp.data.records import Asked, Comparison, Demonstration, Drop, Prompt, number, prompt_id, text
 from rlhf_exp.schema import Dataset
 
 
@@ -43,7 +43,9 @@ def comparisons(row: Mapping[str, Any], dataset: Dataset) -> list[Comparison]:
     chosen, rejected = (text(_found(row, name), name) for name in (fields.chosen, fields.rejected))
     if chosen == rejected:
         raise Drop("equal answers")
-    return [Comparison(prompt_id(prompt), prompt, chosen, rejected)]
+    margin = number(_found(row, fields.margin), fields.margin) if fields.margin else None
+    source = optional(_found(row, fields.source), fields.source) if fields.source else ""
+    return [Comparison(prompt_id(prompt), prompt, chosen, rejected, margin, source)]
 
 
 def prompts(row: Mapping[str, Any], dataset: Dataset) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,17 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A prompt and two answers, of which `chosen` was preferred."""
+    """A prompt and two answers, of which `chosen` was preferred.
+
+    margin: how clearly, as far as the data says; source: where the comparison comes from, "" where it does not say.
+    """
 
     id: int
     prompt: Asked
     chosen: str
     rejected: str
+    margin: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,16 @@ def string(row: Mapping[str, Any], name: str) -> str:
     if not encodable(value):
         raise BadRow(f"field '{name}' holds half a character (a lone surrogate)")
     return value
+
+
+def number(row: Mapping[str, Any], name: str) -> float:
+    """Field `name` of a row, a finite number. Raises BadRow if it is absent or none."""
+    if name not in row:
+        raise BadRow(f"no field '{name}' (has: {_shown(row)})")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"field '{name}' must be a finite number, is {kind(value)}")
+    return float(value)
 
 
 def encodable(value: str) -> bool:

@@ -57,11 +57,6 @@ def check_template(template: Template) -> None:
         raise InputError(wrong)
 
 
-def render_response(template: Template, response: str) -> str:
-    """The response as the model should write it (the EOS token comes after it)."""
-    return template.response.replace("{response}", response)
-
-
 def response_frame(template: Template) -> tuple[str, str]:
     """What the template puts before and after a response."""
     before, after = template.response.split("{response}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_exp.data.dialogues import items
+from rlhf_exp.data.dialogues import items, optional
 from rlhf_exp.data.records import (
     BadRow,
     Comparison,
@@ -58,7 +58,10 @@ def demonstrations(row: Mapping[str, Any], dataset: Dataset) -> list[Demonstrati
 
 
 def comparisons(row: Mapping[str, Any], dataset: Dataset) -> list[Comparison]:
-    """Equal and very short summaries are left out by the rule of family `tldr`, "TL;DR:" being a word of it."""
+    """Equal and very short summaries are left out by the rule of family `tldr`, "TL;DR:" being a word of it.
+
+    The source is who wrote the two, such as "ref / sup2".
+    """
     if "info" not in row:
         text(row, "info")  # says so
     info = _object(row["info"], "info")
@@ -70,7 +73,8 @@ def comparisons(row: Mapping[str, Any], dataset: Dataset) -> list[Comparison]:
         raise Drop("equal answers")
     if 1 + min(len(chosen.split()), len(rejected.split())) < FEWEST_WORDS:
         raise Drop(f"under {FEWEST_WORDS} words")
-    return [Comparison(prompt_id(prompt), prompt, chosen, rejected)]
+    policies = sorted({optional(summary, "policy") for summary in row["summaries"]} - {""})
+    return [Comparison(prompt_id(prompt), prompt, chosen, rejected, source=" / ".join(policies))]
 
 
 def prompts(row: Mapping[str, Any], dataset: Dataset) -> list[Prompt]:

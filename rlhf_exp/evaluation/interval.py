@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,30 @@ def mean_se(values: Sequence[float]) -> Estimate:
         return Estimate(math.nan, math.nan)
     se = x.std(ddof=1) / math.sqrt(x.size) if x.size > 1 else math.nan
     return Estimate(float(x.mean()), float(se))
+
+
+def grouped_mean_se(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
+    """Mean of all values, and its standard error where those of one group are not independent.
+
+    groups[i] is the group (the prompt) of values[i]. sqrt(G / (G - 1) sum_g d_g^2) / n, where d_g is the sum of
+    (value - mean) over a group, G the number of groups and n that of values (Liang & Zeger 1986, the robust
+    variance, for a mean). Groups of one size: the standard error of their means; of one value each: `mean_se`. One
+    group has none (nan). Raises ValueError for lists of different lengths.
+    """
+    if len(values) != len(groups):
+        raise ValueError(f"each value has a group, got {len(values)} values and {len(groups)} groups")
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0:
+        return Estimate(math.nan, math.nan)
+    mean = float(x.mean())
+    sums: dict[Hashable, float] = {}
+    for group, deviation in zip(groups, (x - mean).tolist(), strict=True):
+        sums[group] = sums.get(group, 0.0) + deviation
+    count = len(sums)
+    if count == 1:
+        return Estimate(mean, math.nan)
+    spread = sum(total * total for total in sums.values())
+    return Estimate(mean, math.sqrt(count / (count - 1) * spread) / x.size)
 
 
 def paired_bootstrap(

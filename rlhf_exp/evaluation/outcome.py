@@ -4,11 +4,14 @@
                    "metrics": {"reward": .., "reward_se": .., "gold": .., "gold_se": .., "kl": .., ..},
                    "gain": {"gold": {"mean": .., "low": .., "high": ..}, ..}}, ..],
      "samples": [{"prompt": "..",
-                  "responses": {"sft": {"text": "..", "reward": .., "gold": .., "ended": true}, ..}}, ..]}
+                  "responses": {"sft": {"text": "..", "reward": .., "gold": .., "ended": true}, ..}}, ..],
+     "data": {"name": "data", "kind": "references" or "demonstrations",
+              "metrics": {"answers": 128, "prompts": 64, "reward": .., "reward_se": .., ..}}}
 
-The first policy called `sft`, else the first, is the baseline. `<metric>_se` is a standard error; `gain`
-(optional) is the difference from the baseline with its interval. Anything may be missing: a metric that is
-not there shows as a dash, one that is not a number as `nan`.
+The first policy called `sft`, else the first, is the baseline. A policy whose step is null (an average) was never
+what trained. `<metric>_se` is a standard error; `gain` (optional) is the difference from the baseline with its
+interval. `data` (optional) is the data's own answers: a row to compare with, no policy. Anything may be missing: a
+metric that is not there shows as a dash, one that is not a number as `nan`.
 """
 
 from __future__ import annotations
@@ -112,6 +115,22 @@ def policies(evaluation: Mapping[str, Any]) -> list[Policy]:
     return found
 
 
+def rows(evaluation: Mapping[str, Any]) -> list[Policy]:
+    """What tables show: the data's own answers where there are any, then the policies."""
+    data = evaluation.get("data")
+    return ([data] if data else []) + policies(evaluation)
+
+
+def about_data(evaluation: Mapping[str, Any]) -> str:
+    """What the row `data` is, in a sentence; empty where there is none."""
+    data = evaluation.get("data")
+    if not data:
+        return ""
+    answers, prompts = (int(data["metrics"][name]) for name in ("answers", "prompts"))
+    what = data["kind"] if answers > 1 else data["kind"].removesuffix("s")
+    return f"data: {answers} {what} of {prompts} prompt{'s' * (prompts > 1)}, scored as they are."
+
+
 def baseline(found: Sequence[Policy]) -> Policy:
     return next((policy for policy in found if policy["name"] == "sft"), found[0])
 
@@ -122,7 +141,7 @@ def title(policy: Policy) -> str:
 
 
 def trained(found: Sequence[Policy]) -> list[Policy]:
-    """The PPO checkpoints, in order of their step."""
+    """The PPO checkpoints, in order of their step; averages have none."""
     return sorted((p for p in found if number(p, "step")), key=lambda p: p["step"])
 
 

@@ -50,7 +50,7 @@ def write_report(
         _header(title, evaluation, curves, facts),
         _frontier(frontier, found),
         _curves(training, optimiser, curves),
-        _table(found),
+        _table(evaluation),
         samples.section(evaluation),
         _facts(facts),
     ]
@@ -195,7 +195,8 @@ def _pace(curves: Sequence[Mapping[str, Any]]) -> str:
     return f"A step took {sum(parts.values()):.2g} s on average: {listed}."
 
 
-def _table(found: Sequence[outcome.Policy]) -> Content:
+def _table(evaluation: Mapping[str, Any]) -> Content:
+    found = outcome.policies(evaluation)
     metrics = outcome.measured(found)
     winners = {metric.key: outcome.best(found, metric) for metric in metrics}
     head = [
@@ -203,7 +204,7 @@ def _table(found: Sequence[outcome.Policy]) -> Content:
         for m in metrics
     ]
     rows = []
-    for policy in found:
+    for policy in outcome.rows(evaluation):
         cells = []
         for metric in metrics:
             error = outcome.finite(policy["metrics"], f"{metric.key}_se")
@@ -215,7 +216,7 @@ def _table(found: Sequence[outcome.Policy]) -> Content:
     table = tag("table", tag("thead", tag("tr", tag("th", "Policy", scope="col"), head)), tag("tbody", rows))
     yield tag("div", table, cls="scroll", tabindex="0", role="region", aria_label="All policies")
     star = "★ is the best of its column; " if any(winners.values()) else ""
-    yield tag("p", f"{star}± is one standard error.", cls="note")
+    yield tag("p", f"{star}± is one standard error. {outcome.about_data(evaluation)}".strip(), cls="note")
     meanings = [[tag("dt", metric.label), tag("dd", metric.note)] for metric in metrics]
     yield tag("details", tag("summary", "What the columns mean"), tag("dl", meanings, cls="facts"))
 

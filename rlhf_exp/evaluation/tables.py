@@ -15,24 +15,35 @@ if TYPE_CHECKING:
 
 PROMPT_CHARACTERS = 240
 RESPONSE_CHARACTERS = 400
-YIELDING = ("distinct_2", "empty_rate")  # columns that make room where there are two more; the report has all
+WIDTH, GAP = 78, 3  # of the summary, and between its columns
+YIELDING = (
+    "distinct_2",
+    "empty_rate",
+    "eos_rate",
+)  # columns that go, in this order, until it fits; the report has all
 
 
 def summary_table(evaluation: Mapping[str, Any]) -> Table:
-    """Policies by metrics; a star marks the best gold score and the best reward. 78 columns at most."""
+    """Policies by metrics, and the data; a star marks the policy with the best gold score, the best reward.
+
+    78 columns at most.
+    """
     from rich.text import Text
 
     found = outcome.policies(evaluation)
     metrics = [metric for metric in outcome.measured(found) if metric.terminal]
-    if {"greedy_gold", "greedy_reward"} <= {metric.key for metric in metrics}:
-        metrics = [metric for metric in metrics if metric.key not in YIELDING]
+    for key in YIELDING:
+        if _width(outcome.rows(evaluation), metrics) > WIDTH:
+            metrics = [metric for metric in metrics if metric.key != key]
     winners = {metric.key: outcome.best(found, metric) for metric in metrics}
-    table = _table(caption="± one standard error; * best of its column" if any(winners.values()) else None)
-    table.add_column("policy", no_wrap=True)
+    notes = ["± one standard error; * best of its column"] * any(winners.values())
+    notes += [outcome.about_data(evaluation)] * ("data" in evaluation)
+    table = _table(caption="\n".join(notes) or None)
+    table.add_column("policy")  # where all else fails, a name wraps
     for metric in metrics:
         unit = f"\n{metric.unit}" if metric.unit else ""
         table.add_column(metric.short + unit, justify="right", no_wrap=True)
-    for policy in found:
+    for policy in outcome.rows(evaluation):
         cells = [Text(line_of(policy["name"]), style="bold")]
         for metric in metrics:
             star = winners[metric.key] is policy
@@ -41,6 +52,16 @@ def summary_table(evaluation: Mapping[str, Any]) -> Table:
             cells.append(Text(figure + mark, style="bold green" if star else ""))
         table.add_row(*cells)
     return table
+
+
+def _width(rows: Iterable[outcome.Policy], metrics: Iterable[outcome.Metric]) -> int:
+    """Columns of the terminal that the summary of these metrics takes, a star at every score."""
+    rows = list(rows)
+    widths = [max(len("policy"), *(len(line_of(row["name"])) for row in rows))]
+    for metric in metrics:
+        cells = [_with_error(row["metrics"], metric) for row in rows]
+        widths.append(max(len(metric.short), len(metric.unit), max(map(len, cells)) + metric.best))
+    return sum(widths) + GAP * (len(widths) - 1)
 
 
 def samples_table(evaluation: Mapping[str, Any], n: int = 3, policies: Iterable[str] | None = None) -> Table:

@@ -215,7 +215,7 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
     """
     import torch
 
-    from rlhf_exp.model import loading, quantize, shapes
+    from rlhf_exp.model import attention, fused, loading, quantize, shapes
     from rlhf_exp.model.quiet import no_progress_bars
 
     device = resolve_device(device)
@@ -228,5 +228,8 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
         tokenizer = loading.read_tokenizer(model, folder)
         loaded = loading.read_model(model, folder, dtype, device, seed)
     loaded.requires_grad_(False).eval()
+    fused.install(loaded)
+    if dtype == torch.bfloat16 and device == "cpu":
+        attention.install(loaded)
     loading.require_straight_logits(loaded, folder)
     return Base(loaded, tokenizer, folder, content_hash(folder, model, seed), dtype, torch.device(device))

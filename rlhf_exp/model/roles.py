@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.errors import InputError
+from rlhf_exp.model import lora_linear
 from rlhf_exp.schema import Lora, Model
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Roles:
         self._layers: list[nn.Module] = []
         self._checkpointable = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointing = False
+        self._autocasts = False
 
     # ---------------------------------------------------------------- adapters
 
@@ -169,9 +171,9 @@ class Roles:
         Safe between a forward and its backward: no gradient is lost or lands elsewhere. Under activation
         checkpointing (`checkpoint_activations`) the recomputation takes the role of its forward.
 
-        On a bfloat16 base the adapters' float32 weights are multiplied in bfloat16 (autocast; the weights and
-        their gradients stay float32). PEFT alone casts every layer's input to float32, which costs two thirds of a
-        forward on a CPU when all linear layers are wrapped.
+        On a bfloat16 base the adapters' float32 weights are multiplied in bfloat16 (lora_linear.py, and autocast for
+        the layers that it leaves to PEFT); the weights and their gradients stay float32. PEFT alone casts every
+        layer's input to float32, which costs two thirds of a forward on a CPU when all linear layers are wrapped.
         """
         before = self.active
         self._activate(role)
@@ -182,7 +184,7 @@ class Roles:
             self._activate(before)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.base.dtype == torch.float32:
+        if self.base.dtype == torch.float32 or not self._autocasts:
             return nullcontext()
         # no cache: it would keep bfloat16 copies of the adapters while the role is in use, over optimiser steps
         return torch.autocast(self.base.device.type, self.base.dtype, cache_enabled=False)
@@ -192,9 +194,11 @@ class Roles:
 
         ids int64[B, T], right-padded: under causal attention padding on the right is never seen by a real
         token, so no mask is built. `arguments` go to the transformer (left-padded callers pass their mask).
+        In the base's dtype: autocast leaves a last LayerNorm's output in float32 on some devices.
         """
         with self.use(role):
-            return self.base.trunk(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+            hidden = self.base.trunk(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+        return hidden.to(self.base.dtype)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward (less memory, a third more time), each in its own role."""
@@ -239,6 +243,8 @@ class Roles:
             self.base.model._hf_peft_config_loaded = True  # else a Trainer refuses: nothing could be trained
         self._configs[role] = config
         self._layers = [m for m in self.base.model.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in self._layers:
+            lora_linear.install(layer)
         self._set_casts()
         # injecting flips requires_grad of the adapters that were there
         self.base.model.requires_grad_(False)
@@ -272,6 +278,7 @@ class Roles:
         """
         for layer in self._layers:
             layer.cast_input_dtype_enabled = len(layer.lora_magnitude_vector) > 0
+        self._autocasts = not all(map(lora_linear.casts, self._layers))
 
     def _set_trainable(self, role: str, trainable: bool) -> None:
         for parameter in self.parameters(role):

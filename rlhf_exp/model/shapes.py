@@ -170,11 +170,20 @@ def context_of(folder: Path) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
+def model_type(folder: Path) -> str:
+    """transformers' name of the architecture; "" where config.json does not say."""
+    return str(_read_config(folder).get("model_type", ""))
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, of a model of text and images the part about text."""
+    config = _read_config(folder)
+    return config.get("text_config") or config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-        config = config.get("text_config") or config
         config.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} is not a model's config: {error}") from error

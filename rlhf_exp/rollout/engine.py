@@ -124,7 +124,7 @@ class _Decoding:
         generation: Generation,
         adjust: Adjust | None = None,
     ):
-        from transformers import DynamicCache
+        from rlhf_exp.rollout.cache import cache_for
 
         self.base, self.generation, self.adjust = base, generation, adjust
         self.rows = [_Row() for _ in prompts]
@@ -137,7 +137,7 @@ class _Decoding:
         self.seen = (
             self.ids.where(self.mask, self.ids[:, -1:]) if generation.repetition_penalty != 1 else None
         )
-        self.cache = DynamicCache(config=base.model.config)
+        self.cache = cache_for(base.model.config)
         # models that tell positions from the mask alone (BLOOM) take none
         self.takes_positions = "position_ids" in inspect.signature(type(base.trunk).forward).parameters
         self.limits = forbidden(generation, base.tokenizer, base.eos_id)
@@ -194,7 +194,8 @@ class _Decoding:
             **positions,
         ).last_hidden_state[:, -1]
         weight, bias = self.base.output_layer
-        logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+        # rounded in bfloat16, unlike the scoring forward's (logits.py): a step is bound by reading the weight
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         return logits if self.adjust is None else logits.float() + self.adjust(hidden)
 
     def _require_sound(self, sound: list[float], step: int) -> None:

@@ -82,7 +82,7 @@ def kept(logits: Tensor, generation: Generation, most: int = FIRST) -> Kept:
         probs = (best - best[:, :1]).exp() / (logits - best[:, :1]).exp().sum(dim=1, keepdim=True)
     if generation.top_p < 1:
         # the mass before a token: it is kept while that is still short of p
-        keep &= probs.cumsum(dim=1) - probs < generation.top_p
+        keep &= probs.double().cumsum(dim=1) - probs < generation.top_p
     if generation.min_p > 0:
         keep &= probs >= generation.min_p * probs[:, :1]
     keep[:, 0] = True

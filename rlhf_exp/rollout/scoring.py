@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algorithms.kl import full_kl
-from rlhf_exp.algorithms.logprob import LOGIT_BUDGET, LinearLogprobs, linear_logprobs
+from rlhf_exp.algorithms.logits import OutputLayer, rows_at_once
+from rlhf_exp.algorithms.logprob import LinearLogprobs, linear_logprobs
 from rlhf_exp.algorithms.repetition import Repetition
 from rlhf_exp.algorithms.support import Support
 from rlhf_exp.data.collate import right_pad
@@ -162,9 +163,8 @@ def untruncated_kl(base: Base, hidden: Tensor, ref_hidden: Tensor) -> Tensor:
     variance than log-prob differences of the sampled tokens.
     """
     weight, bias = base.output_layer
-    chunk = max(1, LOGIT_BUDGET // weight.shape[0])
+    chunk, layer = rows_at_once(weight), OutputLayer(weight, bias, hidden.dtype)
     parts = []
     for p, q in zip(hidden.split(chunk), ref_hidden.split(chunk), strict=True):
-        logits_p, logits_q = (torch.nn.functional.linear(x, weight.to(x.dtype), bias).float() for x in (p, q))
-        parts.append(full_kl(logits_p, logits_q))
+        parts.append(full_kl(layer(p), layer(q)))
     return torch.cat(parts)

@@ -6,7 +6,7 @@ from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import opening_id
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Run, views_of
-from rlhf_exp.stages.plan import Plan
+from rlhf_exp.stages.nodes import Plan
 
 
 def require_apart(plan: Plan) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ADAPTER, HEAD, CRITIC, CHECKPOINTS = "adapter", "head", "critic", "checkpoints"
 HEAD_FILE = "head.safetensors"
 ILQL, HEADS_FILE = "ilql", "heads.safetensors"  # Q and V of ilql
+EVALUATION, MARGINS = "evaluation", "margins.png"  # of reward: how good its preferences are
+EXPORT = "export"  # the files that stage=export writes
 MODEL = "model"  # of sft with lora.full: all weights, the base of the later stages
 
 

@@ -1,9 +1,10 @@
-"""Policies on held-out prompts: the SFT model and every kept PPO adapter, paired by prompt and by noise.
+"""Policies on held-out prompts: the SFT model and PPO's adapters (candidates.py), paired by prompt and by noise.
 
 Writes eval.json, report.html and PNGs into its run folder. Every answer is scored by what the policy was trained on
 (reward) and by a scorer it never saw (gold); the KL is that of the untruncated distributions at temperature 1. With
 several answers a prompt, standard errors and intervals are of the prompts' means, since answers to one prompt are
-not independent. With eval.greedy each policy also gives its most probable answers, which are only scored.
+not independent. With eval.greedy each policy also gives its most probable answers, which are only scored. The data's
+own answers to the prompts are scored beside them (data_answers.py): what was imitated.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_exp.data.encode import encode_prompts
-from rlhf_exp.data.load import load_view
+from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.evaluation import interval, rouge, text
 from rlhf_exp.evaluation.report import write_report
@@ -30,7 +29,10 @@ from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.rollout.scoring import answers, by_length, chosen, hidden_before, untruncated_kl
 from rlhf_exp.schema import GOLD, LEARNED, EvalRun, Generation, proxies
 from rlhf_exp.stages.actors import Heads, load_reward_models
-from rlhf_exp.stages.context import CHECKPOINTS, MODEL, Context
+from rlhf_exp.stages.candidates import KEPT, SFT, Candidate, candidates
+from rlhf_exp.stages.context import Context
+from rlhf_exp.stages.data_answers import answers_to, prompts_of
+from rlhf_exp.stages.written import written
 from rlhf_exp.tracking import how_to_open, read_metrics, tracking_uri
 
 SHOW = (
@@ -40,16 +42,6 @@ SHOW = (
     ("length", "length", ".1f"),
 )
 ROWS = 64  # answers generated or scored together
-STEP = "step_"  # folders of kept adapters: checkpoints/step_00008
-
-
-@dataclass
-class Candidate:
-    """A policy to look at: its adapter's folder, None for the plain base."""
-
-    name: str
-    step: int
-    adapter: Path | None
 
 
 @dataclass
@@ -67,13 +59,13 @@ class Measured:
 
 def run(config: EvalRun, context: Context) -> dict[str, float]:
     """Evaluate every candidate; write eval.json and the report."""
-    prompts = load_view(config.dataset, "prompts", "heldout")
-    prompts = sorted(prompts, key=lambda prompt: prompt.id)[: config.eval.prompts or None]
+    prompts = prompts_of(config)
     encoded = encode_prompts(context.base.tokenizer, config.dataset, [prompt.prompt for prompt in prompts])
     found: list[Measured] = []
     everyone = candidates(config, context)
     with Roles(context.base) as roles, context.log("eval", len(everyone), SHOW) as log:
         heads = load_scorer(config, context, roles)
+        data = measure_data(config, roles, heads, prompts, encoded)
         for number, candidate in enumerate(everyone, 1):
             measured = measure(config, context, roles, heads, candidate, prompts, encoded)
             found.append(measured)
@@ -83,7 +75,7 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
         "policies": [
             {
                 "name": m.candidate.name,
-                "step": m.candidate.step,
+                "step": m.candidate.step if m.candidate.on_path else None,
                 "metrics": m.metrics,
                 "gain": interval.gains(found[0].means, m.means, seed=config.seed),
             }
@@ -93,30 +85,13 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
             {"prompt": str(prompts[i].prompt), "responses": {m.candidate.name: answer(m, i) for m in found}}
             for i in range(min(config.eval.samples, len(prompts)))
         ],
-    }
+    } | ({"data": data} if data else {})
     context.folder.write_json("eval.json", evaluation)
     publish_report(config, context, evaluation, len(prompts))
-    first, last = found[0].metrics, found[-1].metrics
-    return {f"last/{k}": v for k, v in last.items()} | {f"sft/{k}": v for k, v in first.items()}
-
-
-def candidates(config: EvalRun, context: Context) -> list[Candidate]:
-    """The SFT model (or the base), then the kept PPO adapters in order of their step, the last one included."""
-    sft = context.adapter("sft")
-    found = [Candidate("sft" if sft or made_by_sft(context.base.path) else "base", 0, sft)]
-    if "ppo" not in context.parents:
-        return found
-    kept = sorted((context.parents["ppo"] / CHECKPOINTS).glob(f"{STEP}*")) if config.eval.checkpoints else []
-    steps = [int(folder.name.removeprefix(STEP)) for folder in kept]
-    found += [Candidate(f"ppo@{step}", step, folder) for step, folder in zip(steps, kept, strict=True)]
-    curves = read_metrics(context.parents["ppo"] / "metrics.jsonl")
-    end = int(curves[-1]["step"]) if curves else 1
-    return [*found, Candidate(f"ppo@{end}", end, context.adapter("ppo"))]
-
-
-def made_by_sft(folder: Path) -> bool:
-    """Whether a base is what the sft stage made of all weights (lora.full): sft/<key>/model."""
-    return folder.name == MODEL and folder.parent.parent.name == "sft"
+    figures = {m.candidate.kind: m.metrics for m in found if m.candidate.kind != KEPT}
+    figures["last"] = found[-1].metrics
+    figures |= {"data": data["metrics"]} if data else {}
+    return {f"{kind}/{name}": value for kind, metrics in figures.items() for name, value in metrics.items()}
 
 
 def load_scorer(config: EvalRun, context: Context, roles: Roles) -> Heads:
@@ -153,7 +128,7 @@ def measure(
         best = write(context, roles, role, encoded, keys[::count], one)
         greedy, best_scores = scored(config, roles, heads, prompts, best)
         metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in best_scores.items()}
-    metrics["kl"] = kl_to_sft(context, roles, role, rollout) if candidate.step else 0.0
+    metrics["kl"] = 0.0 if candidate.kind == SFT else kl_to_sft(context, roles, role, rollout)
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
     references = [prompt.reference for prompt in prompts]
     metrics |= rouge.measure(texts, repeat(references, count))
@@ -163,6 +138,28 @@ def measure(
     if candidate.adapter is not None:
         roles.remove(role)
     return Measured(candidate, rollout, texts, scores, means, greedy, metrics)
+
+
+def measure_data(
+    config: EvalRun, roles: Roles, heads: Heads, prompts: list[Prompt], encoded: list[list[int]]
+) -> dict[str, Any] | None:
+    """The figures of the data's own answers, EOS and template as in training; None where there is not one.
+
+    Means are over the answers, so that a prompt counts as often as the data have it; errors know that those to one
+    prompt are not independent. A text has no policy: there is no KL.
+    """
+    found = answers_to(prompts, config)
+    if found is None:
+        return None
+    asked = [encoded[i] for i in found.places]
+    responses = encode_responses(roles.base.tokenizer, config.dataset, found.texts)
+    rollout = written(asked, responses, roles.base.eos_id)
+    texts, scores = scored(config, roles, heads, [prompts[i] for i in found.places], rollout)
+    metrics = {"answers": float(len(texts)), "prompts": float(len(set(found.places)))}
+    for name, values in scores.items():
+        metrics[name], metrics[f"{name}_se"] = interval.grouped_mean_se(values, found.places)
+    metrics |= text.measure(texts, spoken(rollout), rollout.ended)
+    return {"name": "data", "kind": found.kind, "metrics": metrics}
 
 
 def repeat(rows: Sequence[Any], count: int) -> list[Any]:

@@ -171,9 +171,10 @@ def prepare(
 def estimate(ppo: PPO, state: State, rewards: Tensor, scores: Tensor, values: Tensor, mask: Tensor) -> GAE:
     """Advantages and returns [B, T] by `ppo.estimator`, zero on padding."""
     if ppo.estimator == "gae":
+        paid = rewards
         if ppo.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        rewards, steps = faults.reward_place(ppo, rewards, scores, mask)
+            rewards = whiten(paid, mask, shift_mean=False)
+        rewards, steps = faults.reward_place(ppo, rewards, paid, scores, mask)
         advantages, returns = (
             torch.where(mask, x, 0) for x in gae(rewards, values, steps, ppo.gamma, ppo.lam)
         )

@@ -7,7 +7,7 @@ Nothing else knows of faults.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlhf_exp.algorithms.masked import last_token
 from rlhf_exp.errors import InputError
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE
-from rlhf_exp.schema import PPO
+from rlhf_exp.schema import PPO, PPORun, learns
 
 DROPOUT = 0.1  # of ref_with_dropout, the default of LoRA recipes
 FILL = 1.0  # what padding holds in place of log-probs where entropy_over_padding was seen
@@ -82,16 +82,55 @@ FAULTS = {
 }
 
 
-def require(names: Sequence[str]) -> None:
-    """InputError for a name that is no fault, with all that are."""
+def require(names: Sequence[str], key: str = "ppo.faults", known: Mapping[str, Fault] = FAULTS) -> None:
+    """InputError for a name that is no fault, with all that are. key: which config key holds the names."""
     problems = []
     for name in names:
-        if name not in FAULTS:
-            near = difflib.get_close_matches(name, FAULTS, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            problems.append(f"ppo.faults: there is no fault {name}; {hint}there are {', '.join(FAULTS)}")
+            problems.append(f"{key}: there is no fault {name}; {hint}there are {', '.join(known)}")
     if problems:
         raise InputError(problems)
+
+
+def require_effect(config: PPORun, sft_adapter: bool) -> None:
+    """InputError for a fault that would change nothing: what one sees of it would be no sign that it is harmless.
+
+    sft_adapter: whether the reference is an adapter; else (no SFT, or SFT of all weights) it is the base itself.
+    """
+    idle = _idle(config, sft_adapter)
+    problems = [
+        f"ppo.faults: {name} changes nothing here: {idle[name]}; leave it out"
+        for name in config.ppo.faults
+        if name in idle
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _idle(config: PPORun, sft_adapter: bool) -> dict[str, str]:
+    """The faults without effect in this configuration, and why. What changes no more than the log has one."""
+    ppo, found = config.ppo, {}
+    if not sft_adapter:
+        found["wrong_reference"] = "there is no SFT adapter, so that the base is the right reference"
+    if not learns(config.reward_source):
+        found |= dict.fromkeys(
+            ("score_without_eos", "random_reward_head"),
+            "it is of reward models, and the reward source has none",
+        )
+    whitening = ("whiten_per_minibatch", "whiten_over_padding")
+    if ppo.estimator != "gae":
+        of_gae = f"it is of ppo.estimator=gae, which is {ppo.estimator}"
+        found |= dict.fromkeys((*whitening, "reward_at_padded_end"), of_gae)
+    else:
+        if not ppo.whiten_advantages:
+            found |= dict.fromkeys(whitening, "ppo.whiten_advantages is false")
+        elif set(whitening) <= set(ppo.faults):
+            found[whitening[1]] = f"{whitening[0]} takes its place"
+        if ppo.gamma * ppo.lam == 1:
+            found["reward_at_padded_end"] = "it costs ppo.gamma * ppo.lam, which is 1"
+    return found
 
 
 def announce(ppo: PPO) -> None:
@@ -137,16 +176,27 @@ def scores(ppo: PPO, found: Tensor) -> Tensor:
     return found.sigmoid() if "sigmoid_scores" in ppo.faults else found
 
 
-def reward_place(ppo: PPO, rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards [B, T] and the mask of the places that are steps of an episode."""
+def reward_place(
+    ppo: PPO, rewards: Tensor, paid: Tensor, scores: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rewards [B, T] and the mask of the places that are steps of an episode.
+
+    paid [B, T]: the rewards before they were whitened, where they were; scores [B] are in them.
+    """
     if "reward_at_padded_end" not in ppo.faults:
         return rewards, mask
     last = last_token(mask)
     after = (last + 1).clamp(max=mask.shape[1] - 1)
     rows = torch.arange(len(mask), device=mask.device)
+    share = scores.to(rewards.dtype)
+    if ppo.whiten_rewards:  # what is left of the score in the reward
+        without, moments = paid.clone(), masked.Moments.of(paid, mask)
+        without[rows, last] -= scores.to(paid.dtype)
+        both = (masked.whiten(x, mask, moments, shift_mean=False)[rows, last] for x in (paid, without))
+        share = torch.sub(*both).to(rewards.dtype)
     moved, steps = rewards.clone(), mask.clone()
-    moved[rows, last] -= scores.to(rewards.dtype)
-    moved[rows, after] += scores.to(rewards.dtype)
+    moved[rows, last] -= share
+    moved[rows, after] += share
     steps[rows, after] = True
     return moved, steps
 

@@ -27,7 +27,7 @@ BROKEN = "policy/nonfinite"  # minibatches whose gradients held nan or inf, and 
 NAN, HACKING = "nan", "hacking"
 # what a sound iteration has as a number; others may be nan for good reasons (distinct-2 of one-token answers)
 SOUND = (SCORES, KL, "objective/rewards", "objective/entropy", "policy/loss", "policy/approxkl")
-SOUND += ("policy/ratio_mean", "policy/grad_norm", "critic/loss", "ptx/loss")
+SOUND += ("policy/ratio_mean", "policy/grad_norm", "critic/loss", "critic/grad_norm", "ptx/loss")
 AUTO = "auto"  # of ppo.best_metric
 
 

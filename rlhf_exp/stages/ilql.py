@@ -35,6 +35,7 @@ from rlhf_exp.stages.experience import padded
 from rlhf_exp.stages.ilql_eval import evaluate
 from rlhf_exp.stages.optim import adamw, schedule
 from rlhf_exp.stages.order import batch_of
+from rlhf_exp.stages.written import rows_of, written
 
 SHOW = (
     ("ilql/q_loss", "Q", ".3f"),
@@ -54,8 +55,7 @@ class Data(NamedTuple):
 
     def rows(self, rows: Sequence[int]) -> Data:
         """A few of them: what collates a batch looks at every answer it is given."""
-        lists = ([column[row] for row in rows] for column in self.rollout[:3])
-        return Data(rollout_of(*lists), self.rewards[list(rows)], {})
+        return Data(rows_of(self.rollout, rows), self.rewards[list(rows)], {})
 
 
 class Losses(NamedTuple):
@@ -134,7 +134,6 @@ def load(config: ILQLRun, context: Context, roles: Roles, scorers: Heads) -> Dat
     else:
         size = config.train.micro_batch_size
         scores = score(config.reward_source, roles, scorers, prompts, responses, size)
-    ended = [bool(ids) and ids[-1] == roles.base.eos_id for ids in responses]
     rewards = torch.tensor(scores, dtype=torch.float64)
     mean, deviation = rewards.mean(), rewards.std(correction=0)
     if not deviation > 0:
@@ -150,15 +149,10 @@ def load(config: ILQLRun, context: Context, roles: Roles, scorers: Heads) -> Dat
     if config.ilql.normalise_rewards:
         rewards = (rewards - mean) / deviation
     return Data(
-        rollout_of(prompts, responses, ended),
+        written(prompts, responses, roles.base.eos_id),
         rewards.float().to(roles.base.device),
         metrics | statistics(config.dataset, view).metrics() | tokens.cuts.metrics(),
     )
-
-
-def rollout_of(prompts: list[list[int]], responses: list[list[int]], ended: list[bool]) -> Rollout:
-    """Answers that nobody sampled."""
-    return Rollout(prompts=prompts, responses=responses, ended=ended, logprobs=[], supports=None)
 
 
 def update(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.shapes import Size
-from rlhf_exp.schema import ILQLRun, PPORun, RewardRun, SFTRun
-from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.schema import ExportRun, ILQLRun, PPORun, ProbeRun, RewardRun, SFTRun
+from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.preflight import targets_of
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -83,12 +83,23 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
             1 + isinstance(config, RewardRun)
         )
         tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
+        if isinstance(config, RewardRun) and config.reward.share_prompts:
+            pair = data.max_prompt_tokens + 2 * data.max_response_tokens
+            tokens = rows // 2 * pair
+            if limit := config.reward.micro_batch_tokens:
+                tokens = min(tokens, max(limit, pair))
         if config.lora.full:
             return {
                 "all weights": TRAINED * size.parameters,
                 "activations": tokens * _kept(size, BYTES["float32"]),
             }
         return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
+    if isinstance(config, ExportRun):
+        return (
+            {"merged weights": size.parameters * 4}
+            if config.export.form == "merged"
+            else {"adapter": 4 * adapter}
+        )
     if isinstance(config, ILQLRun):
         tokens = min(config.train.micro_batch_size, config.train.batch_size) * (
             data.max_prompt_tokens + data.max_response_tokens
@@ -100,6 +111,8 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
             "activations": tokens * _kept(size, width),
             "logits": LOGITS,
         } | ({"reward": _models(node) * 4 * adapter} if _models(node) else {})
+    if isinstance(config, ProbeRun):
+        return {"reward": 4 * adapter}
     rows = config.ppo.batch_size * config.ppo.samples_per_prompt if isinstance(config, PPORun) else ROWS
     length = data.max_prompt_tokens + config.generation.max_new_tokens
     cache = 2 * rows * length * size.layers * size.hidden_size * width

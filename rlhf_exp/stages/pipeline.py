@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.schema import Run
-from rlhf_exp.stages import STAGES, memory, plan, preflight, signals, summary
+from rlhf_exp.stages import STAGES, gate, memory, plan, preflight, signals, summary
 from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, ILQL, MODEL, Context
-from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store import atomic, states
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
@@ -53,17 +53,35 @@ def run(config: Run, choices: dict[str, str]) -> float | None:
         for line in memory.estimate(todo):
             say(line)
         return None
-    if todo.missing or unsettled(todo) or note_of(todo).exists():
-        require_store(config.tracking, config.output_dir)
-        with signals.listening(), experiment(todo) as tracker:
-            for node in unsettled(todo):
-                settle(node, todo)
-            bases = Bases(todo)
-            for node in todo.missing:
-                build(node, todo, tracker, bases)
+    bases = Bases(todo)
+    if first := gate.undecided(todo):
+        make(replace(todo, target=first[-1], nodes=first), bases)
+        todo = plan.make(config, choices, {node.key: node.found for node in first})
+        preflight.check(todo)
+        for line in gate.lines(todo):
+            say(line)
+    make(todo, bases)
     say(f"done in {time.monotonic() - started:.0f} s")
     summary.show(todo)
     return objective(todo.target.found)
+
+
+def make(todo: Plan, bases: Bases) -> None:
+    """Build what is missing, and finish the uploads of what was there."""
+    config = todo.config
+    if not (todo.missing or unsettled(todo) or note_of(todo).exists()):
+        return
+    require_store(config.tracking, config.output_dir)
+    with signals.listening(), experiment(todo) as tracker:
+        for node in unsettled(todo):
+            settle(node, todo)
+        for node in todo.missing:
+            if node.stage in gate.TRAINED:
+                gate.show(todo)
+                for line in gate.notes(todo):
+                    say(line)
+                gate.check(todo)
+            build(node, todo, tracker, bases)
 
 
 def say(line: str) -> None:
@@ -162,7 +180,7 @@ def upload(folder: RunFolder, tracker: Tracker) -> None:
     """The results of a finished stage."""
     metrics = folder.read()["metrics"].items()
     tracker.metrics({f"final/{name}": value for name, value in metrics if value is not None}, step=0)
-    for part in (ADAPTER, HEAD, CRITIC, ILQL):
+    for part in (ADAPTER, HEAD, CRITIC, ILQL, gate.PROBE, gate.GATE):
         if (folder.path / part).is_dir():
             tracker.artifact(folder.path / part, part)
 
@@ -204,6 +222,7 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None
                 if parent.folder and not parent.makes_base  # that one is the base
             }
             context = Context(bases.of(node), folder, own, parents, config.checkpoint_every)
+            gate.keep(node, folder)
             metrics = import_module(STAGES[node.stage].module).run(config, context)
             if node.makes_base:
                 bases.forget()

@@ -5,164 +5,45 @@ Every upstream config is composed and every input hashed here, before anything i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from rlhf_exp import compose
 from rlhf_exp.data.load import fingerprint
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import base as base_model
-from rlhf_exp.model import quantize, shapes
-from rlhf_exp.rewards import functions, parts
+from rlhf_exp.model import quantize
+from rlhf_exp.rewards import functions
 from rlhf_exp.schema import (
     GOLD,
     LEARNED,
     EvalRun,
     ILQLRun,
     PPORun,
-    RewardSource,
     Run,
     member_of,
     proxies,
+    samples_sft,
     stage_of,
     views_of,
 )
-from rlhf_exp.stages import STAGES, adapters
+from rlhf_exp.stages import STAGES, adapters, data_answers, gate
 from rlhf_exp.stages.context import MODEL
+from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.keys import run_key
 from rlhf_exp.store.runs import RunFolder, find
 
-ORDER = ("sft", "reward", "ppo", "ilql", "eval")  # each stage comes after all that it can stand on
+ORDER = (
+    "sft",
+    "reward",
+    "probe",
+    "ppo",
+    "ilql",
+    "eval",
+    "export",
+)  # each stage comes after all that it can stand on
 FIRST, SECOND = "first", "second"  # of the comparisons: for the reward model, for the gold scorer
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
-
-
-@dataclass
-class BaseFacts:
-    """A base model as the plan sees it, before it is loaded."""
-
-    folder: Path | None  # None: a hub model that is not on this machine
-    hash: str
-    dtype: str
-    device: str
-
-
-@dataclass
-class Node:
-    """One stage of the plan: trained here, found finished, or given as an adapter.
-
-    name: its role, which tells apart several of one stage: reward, reward_1, gold.
-    """
-
-    name: str
-    config: Run | None
-    parents: dict[str, Node] = field(default_factory=dict)
-    given: Path | None = None
-    setting: str = ""  # the config key that gives it
-    key: str = ""
-    data: dict[str, str] = field(default_factory=dict)  # view -> fingerprint
-    functions: dict[str, str] = field(default_factory=dict)  # key of a scoring function -> fingerprint
-    inputs: dict[str, Any] = field(default_factory=dict)
-    found: RunFolder | None = None
-    base: BaseFacts | None = (
-        None  # what it is loaded on; the folder of a base that sft is still to make is None
-    )
-
-    @property
-    def stage(self) -> str:
-        return stage_of(self.name)
-
-    @property
-    def folder(self) -> Path | None:
-        """Where its result is, if it is there."""
-        return self.given or (self.found.path if self.found else None)
-
-    @property
-    def is_base(self) -> bool:
-        return self.stage == "sft" and self.config is None and self.given is None
-
-    @property
-    def makes_base(self) -> bool:
-        """Whether all weights are trained, so that the result is a new base and not an adapter."""
-        return self.stage == "sft" and self.config is not None and self.config.lora.full
-
-    def __str__(self) -> str:
-        if self.is_base:
-            return "no sft adapter"
-        if self.given:
-            return f"{self.name} {self.key[:6]} (given: {self.given})"
-        return f"{self.name} {self.key[:6]} ({'cached' if self.found else 'will be trained'})"
-
-
-@dataclass
-class Plan:
-    target: Node
-    nodes: list[Node]  # in the order in which they can be built
-    base: BaseFacts
-    config: Run
-
-    @cached_property
-    def shapes(self) -> shapes.Shapes:
-        """The weights of the base, which sft may train all of but does not reshape."""
-        folder = self.base.folder
-        if self.config.model.from_scratch and not any(folder.glob("*.safetensors")):
-            return shapes.of_config(folder)
-        return shapes.of_model(folder)
-
-    @property
-    def missing(self) -> list[Node]:
-        return [node for node in self.nodes if not (node.folder or node.is_base)]
-
-    def lines(self) -> Iterator[str]:
-        """The plan for people, a line for each role of the target stage and for each stage to build."""
-        name, template = self.config.model.name, self.config.model.template
-        if template != "plain" and self.config.dataset.template.name != template:
-            yield (
-                f"note: {name} was tuned with the template {template}; dataset/template is "
-                f"{self.config.dataset.template.name}"
-            )
-        here = self.base.hash[:6] if self.base.folder else "(not on this machine)"
-        yield f"base   = {name} {here}, {self.base.dtype} on {self.base.device}"
-        nodes = {node.name: node for node in self.nodes}
-        sft, ppo = nodes.get("sft"), nodes.get("ppo")
-        if ppo or self.target.stage == "ppo":
-            if sft.makes_base:
-                name = f"all weights of {sft}"
-                yield f"policy = base ({name}) + a new adapter, trained"
-                yield f"ref    = base ({name})"
-            else:
-                yield f"policy = base {name} + {sft}, trained on"
-                yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
-            source = (ppo or self.target).config
-            if source is not None:
-                yield from _scorers(source.reward_source, name, nodes)
-                own = (
-                    "its own adapter and head" if source.ppo.critic == "own" else "head on the policy's trunk"
-                )
-                if source.ppo.estimator != "gae":
-                    own = f"none, {source.ppo.estimator} compares answers"
-                yield f"critic = {own}"
-        for node in self.nodes:
-            if not node.is_base:
-                yield f"stage    {node}"
-
-
-def _scorers(source: RewardSource, base: str, nodes: dict[str, Node]) -> Iterator[str]:
-    """The plan's lines of what scores answers."""
-    models = [str(nodes[role]) for role in proxies(source)]
-    if models:
-        each = "each of " if len(models) > 1 else ""
-        learned = f"base {base} + {each}{', '.join(models)}"
-        yield f"reward = {parts.said(source, learned)}, frozen"
-    else:
-        yield f"reward = the rule {parts.said(source)}"
-    if source.gold == LEARNED:
-        yield f"gold   = base {base} + {nodes[GOLD]}, frozen"
-    elif source.gold != functions.NONE:
-        yield f"gold   = the rule {source.gold}"
 
 
 def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
@@ -170,15 +51,22 @@ def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
     if stage == "sft":
         return ()
     if stage == "reward":
-        return ("sft",) if new_base else ()
+        return ("sft",) if new_base or samples_sft(config) else ()
+    if stage == "probe":
+        return ("sft", "reward") if new_base else ("reward",)
+    if stage == "export":
+        return tuple(dict.fromkeys([*["sft"] * new_base, config.export.role]))
     assert isinstance(config, PPORun | ILQLRun | EvalRun)
     gold = config.eval.gold if isinstance(config, EvalRun) else config.reward_source.gold
     scorers = (*proxies(config.reward_source), *([GOLD] if gold == LEARNED else []))
     return ("sft", *scorers, "ppo") if stage == "eval" else ("sft", *scorers)
 
 
-def make(config: Run, choices: dict[str, str]) -> Plan:
-    """Compose, check and hash everything that `config` needs. Raises InputError with every problem."""
+def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | None = None) -> Plan:
+    """Compose, check and hash everything that `config` needs. Raises InputError with every problem.
+
+    built: key -> run that this command has made already, which resume=never would not find.
+    """
     stage, problems = config.stage, []
     if stage == "pipeline":
         stage = "eval"
@@ -211,13 +99,14 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
             if node.config is not None:
                 views = views_of(node.config)
                 node.data = {view: fingerprint(node.config.dataset, view) for view in views}
+                node.data |= data_answers.fingerprints(node.config)
                 node.functions = functions.fingerprints(node.config)
             elif node.given:
                 node.key = adapters.content_key(node.stage, node.given)
         except InputError as error:
             problems += error.problems
     problems += _shared_comparisons(nodes)
-    if stage in ("sft", "reward"):
+    if stage in ("sft", "reward", "probe", "export"):
         problems += [
             f"adapters.{name} is for stages that stand on {name}, which {stage} does not: leave it out"
             for name in ("sft", "reward", "ppo")
@@ -227,12 +116,19 @@ def make(config: Run, choices: dict[str, str]) -> Plan:
         raise InputError(dict.fromkeys(problems))
     if base.folder is None and not config.dry_run:
         base = base_facts(config, download=True)  # gigabytes: only now that the rest is sound
-    for node in nodes.values():
+    ordered: list[Node] = []
+    for node in list(nodes.values()):
         if node.config is not None:
             node.parents = {name: nodes[name] for name in needs(node.stage, node.config, new_base)}
             node.base = _base_of(node, nodes.get("sft"), base)
-            _identify(node, fresh=config.resume == "never" and config.stage in (node.stage, "pipeline"))
-    return Plan(nodes[stage], list(nodes.values()), base, config)
+            fresh = config.resume == "never" and config.stage in (node.stage, "pipeline")
+            _identify(node, fresh, built or {})
+            if again := gate.patched(node, nodes):
+                _identify(again, fresh, built or {})
+                ordered.append(node)
+                node = nodes[again.name] = again
+        ordered.append(node)
+    return Plan(nodes[stage], ordered, base, config)
 
 
 def _half(name: str, nodes: dict[str, Node]) -> str | None:
@@ -320,7 +216,7 @@ def base_facts(config: Run, download: bool) -> BaseFacts:
     return BaseFacts(folder, base_model.content_hash(folder, config.model, config.seed), dtype, device)
 
 
-def _identify(node: Node, fresh: bool) -> None:
+def _identify(node: Node, fresh: bool, built: Mapping[str, RunFolder]) -> None:
     """The node's key, what goes into it, and the finished run with that key."""
     base = node.base
     parents = {name: parent.key if not parent.is_base else NO_SFT for name, parent in node.parents.items()}
@@ -342,4 +238,6 @@ def _identify(node: Node, fresh: bool) -> None:
             for name, parent in node.parents.items()
         },
     }
-    node.found = None if fresh else find(node.config.output_dir, node.stage, node.key)
+    node.found = built.get(node.key) or (
+        None if fresh else find(node.config.output_dir, node.stage, node.key)
+    )

@@ -76,6 +76,7 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
     """Train the policy; publish its adapter, the value head, and an adapter every `save_every` iterations."""
     references.require(config)
     faults.require(config.ppo.faults)
+    faults.require_effect(config, context.adapter("sft") is not None)
     faults.announce(config.ppo)
     torch.manual_seed(config.seed)
     ppo = config.ppo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import check_view
@@ -13,15 +14,15 @@ from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.base import content_hash
 from rlhf_exp.model.loading import read_tokenizer
 from rlhf_exp.rewards import functions
-from rlhf_exp.schema import EvalRun, ILQLRun, Lora, Model, PPORun, views_of
-from rlhf_exp.stages import adapters
+from rlhf_exp.schema import EvalRun, ExportRun, ILQLRun, Lora, Model, PPORun, ProbeRun, RewardRun, views_of
+from rlhf_exp.stages import adapters, data_answers, gate, margins
 from rlhf_exp.stages.apart import require_apart
 from rlhf_exp.stages.context import MODEL
-from rlhf_exp.stages.plan import Node, Plan
+from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
 
 SPLITS = {"sft": ("train",), "reward": ("train", "validation"), "ppo": ("train",), "eval": ("heldout",)}
-SPLITS |= {"ilql": ("train",)}
+SPLITS |= {"ilql": ("train",), "probe": ()}
 SPARE = 100e6  # bytes for logs, tables, figures and MLflow's database
 
 
@@ -43,31 +44,80 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
     for node in plan.nodes:
         if node.given and plan.base.folder:
             yield lambda node=node: _given(node, plan)
+        if node.config is not None:
+            yield lambda node=node: data_answers.kind_of(node.config)
         if node.config is not None and not node.found:
             for view in views_of(node.config):
                 yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
+            if isinstance(node.config, ProbeRun):
+                yield lambda node=node: _probes(node.config)
             if isinstance(node.config, PPORun):
-                yield lambda node=node: _algorithm(node.config)
+                yield lambda node=node: _algorithm(node)
+            if isinstance(node.config, RewardRun):
+                yield lambda node=node: margins.require(node.config)
+            if isinstance(node.config, RewardRun) and node.config.reward.faults:
+                yield lambda node=node: _reward(node.config)
+            if isinstance(node.config, ExportRun) and plan.base.folder:
+                yield lambda node=node: exportable(node.config, plan.base.folder)
             yield lambda node=node: functions.check_config(node.config)
             if plan.base.folder:
                 yield lambda node=node: _targets(node, plan)
                 yield lambda node=node: _context(node, plan)
                 yield lambda node=node: _texts(node, plan)
     yield lambda: require_apart(plan)
+    yield lambda: gate.check(plan)
     if plan.base.folder:
         yield lambda: _tokenizer(plan)
     yield lambda: require_space(output, disk_needed(plan))
 
 
-def _algorithm(config: PPORun) -> None:
-    """What PPO's options need of the data, and the names of faults."""
+def _probes(config: ProbeRun) -> None:
+    """A split that is empty on purpose is fine for training, but leaves nothing to probe with."""
+    if config.probe.split == "validation" and not config.dataset.validation_share:
+        raise InputError("probe.split=validation needs dataset.validation_share above 0")
+    check_view(config.dataset, "comparisons", (config.probe.split,))
+
+
+def _algorithm(node: Node) -> None:
+    """What PPO's options need of the data; that its faults exist and can be seen."""
     from rlhf_exp.stages import references
 
-    references.require(config)
-    if config.ppo.faults:
+    references.require(node.config)
+    if node.config.ppo.faults:
         from rlhf_exp.stages import faults  # imports torch
 
-        faults.require(config.ppo.faults)
+        sft = node.parents["sft"]
+        faults.require(node.config.ppo.faults)
+        faults.require_effect(node.config, not (sft.is_base or sft.makes_base))
+
+
+def _reward(config: RewardRun) -> None:
+    """The names of the reward model's faults."""
+    from rlhf_exp.stages import reward_faults  # imports torch
+
+    reward_faults.require(config.reward)
+
+
+def exportable(config: ExportRun, folder: Path) -> None:
+    """What transformers has no class for cannot be loaded by plain transformers."""
+    from rlhf_exp.model import export  # imports torch
+
+    kind = shapes.model_type(folder)
+    name, role = config.model.name, config.export.role
+    if role == "reward" and not export.classifier(kind):
+        raise InputError(
+            f"export.role=reward: transformers has no AutoModelForSequenceClassification for {name} ({kind})"
+        )
+    if config.export.form == "merged" and not export.published(kind):
+        raise InputError(
+            f"export.form=merged: transformers has no class for {name} ({kind}), so that it could not be loaded: "
+            "export.form=adapter"
+        )
+    if config.export.form == "merged" and config.model.quantization != "none":
+        raise InputError(
+            f"export.form=merged adds to the base's weights, which model.quantization={config.model.quantization} "
+            "has rounded: set model.quantization=none, or export.form=adapter"
+        )
 
 
 def _given(node: Node, plan: Plan) -> None:
@@ -136,8 +186,7 @@ def _context(node: Node, plan: Plan) -> None:
     config, most = node.config, shapes.context_of(plan.base.folder)
     key, answer = "dataset.max_response_tokens", config.dataset.max_response_tokens
     sampled = isinstance(config, PPORun | EvalRun | ILQLRun)
-    # ilql reads answers and writes them
-    if sampled and not (isinstance(config, ILQLRun) and answer > config.generation.max_new_tokens):
+    if sampled and not (_reads_answers(config) and answer > config.generation.max_new_tokens):
         key, answer = "generation.max_new_tokens", config.generation.max_new_tokens
     prompt = config.dataset.max_prompt_tokens
     if most is not None and prompt + answer > most:
@@ -147,6 +196,13 @@ def _context(node: Node, plan: Plan) -> None:
         )
 
 
+def _reads_answers(config: PPORun | EvalRun | ILQLRun) -> bool:
+    """Whether a stage that writes answers computes over those of the data too."""
+    if isinstance(config, PPORun):
+        return config.ppo.score_scaling == "reference" or config.ppo.ptx_coef > 0
+    return isinstance(config, ILQLRun) or data_answers.kind_of(config) is not None
+
+
 def disk_needed(plan: Plan) -> float:
     """Bytes: each stage's adapters, twice (run folder and MLflow), and something for the logs."""
     if plan.base.folder is None:
@@ -154,7 +210,10 @@ def disk_needed(plan: Plan) -> float:
     needed = SPARE
     weights = plan.shapes
     for node in plan.missing:
-        if node.stage == "eval":
+        if node.stage in ("eval", "probe"):
+            continue
+        if isinstance(node.config, ExportRun) and node.config.export.form == "merged":
+            needed += 4 * sum(math.prod(shape) for shape in weights.values())
             continue
         if node.makes_base:
             needed += 4 * sum(math.prod(shape) for shape in weights.values())

@@ -15,12 +15,12 @@ from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt, opening_id
 from rlhf_exp.errors import InputError
 from rlhf_exp.rollout.engine import Rollout, judged
-from rlhf_exp.schema import VIEW, Dataset, PPORun
-from rlhf_exp.stages import faults, memory
+from rlhf_exp.schema import VIEW, Dataset, PPORun, Reward
+from rlhf_exp.stages import faults, memory, reward_faults
 from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.adapters import BASE
 from rlhf_exp.stages.context import Context
-from rlhf_exp.stages.plan import BaseFacts, Node, Plan
+from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.frozen import CONFIG
 
 ANSWER = "This is a known answer."
@@ -82,9 +82,12 @@ def reward_tokens(
             unknown.append(role)
             dataset = config.dataset
         trained = encode_prompts(tokenizer, dataset, [prompts[i].prompt])[0]
-        cause = cause or difference(
-            role, (prompt, answer), (trained, *encode_responses(tokenizer, dataset, [ANSWER]))
-        )
+        made = reward_of(context.parents[role])
+        known = reward_faults.answers(made, encode_responses(tokenizer, dataset, [ANSWER]), eos_id)
+        found = difference(role, (prompt, answer), (trained, *known))
+        if found and made.faults:
+            found += f"; its run had reward.faults=[{', '.join(made.faults)}]"
+        cause = cause or found
     return Check(
         "reward_tokens",
         "the reward model sees the tokens it was trained on",
@@ -103,7 +106,8 @@ def difference(role: str, given: Pair, trained: Pair) -> str:
     if given[0] != trained[0]:
         what, keys = "prompts", "dataset.template, dataset.max_prompt_tokens"
     elif given[1] != trained[1]:
-        what = "ends" if given[1] == trained[1][:-1] else "answers"
+        ends = given[1] == trained[1][:-1] or given[1][:-1] == trained[1]
+        what = "ends" if ends else "answers"
         keys = "model.eos_token, dataset.template.response, dataset.max_response_tokens"
     else:
         return ""
@@ -113,11 +117,22 @@ def difference(role: str, given: Pair, trained: Pair) -> str:
 
 def dataset_of(folder: Path) -> Dataset | None:
     """The dataset's settings that a run was made with; None for a folder that is no run's."""
+    settings = _settings(folder)
+    return None if settings is None else _from_plain(Dataset, settings["dataset"])
+
+
+def reward_of(folder: Path) -> Reward:
+    """How a reward model was trained; the defaults for a folder that is no run's."""
+    return _from_plain(Reward, (_settings(folder) or {}).get("reward", {}))
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """The frozen config of a run."""
     if not (folder / CONFIG).is_file():
         return None
     import yaml
 
-    return _from_plain(Dataset, yaml.safe_load((folder / CONFIG).read_text())["dataset"])
+    return yaml.safe_load((folder / CONFIG).read_text())
 
 
 def _from_plain(cls: type, values: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlhf_exp.algorithms.logprob import linear_logprobs
@@ -18,6 +17,7 @@ from rlhf_exp.schema import PPORun
 from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.context import Context
 from rlhf_exp.stages.order import batch_of
+from rlhf_exp.stages.written import rows_of, written
 
 
 @dataclass
@@ -32,10 +32,8 @@ class Demonstrations:
         """None where `ppo.ptx_coef` is 0."""
         if config.ppo.ptx_coef == 0:
             return None
-        found, tokens = context.read(config.dataset, "demonstrations", "train")
-        responses = tokens.answers["response"]
-        empty = [torch.zeros(0)] * len(found)
-        return cls(Rollout(tokens.prompts, responses, [True] * len(found), empty, None), config.seed)
+        _, tokens = context.read(config.dataset, "demonstrations", "train")
+        return cls(written(tokens.prompts, tokens.answers["response"], context.base.eos_id), config.seed)
 
     def batch(self, number: int, size: int) -> list[int]:
         """The rows of the update `number` (from 1): consecutive pieces of one shuffle an epoch."""
@@ -50,6 +48,7 @@ def losses(actors: Actors, demonstrations: Demonstrations, rows: list[int], micr
     base, tokens = actors.base, sum(len(demonstrations.rows.responses[row]) for row in rows)
     weight, bias = base.output_layer
     for piece in by_length(demonstrations.rows, rows, micro):
-        batch = answers(demonstrations.rows, piece, base)
+        # of these rows alone: among all of them the mask would be as wide as the longest of the data
+        batch = answers(rows_of(demonstrations.rows, piece), range(len(piece)), base)
         hidden = hidden_before(actors.roles, "policy", batch)
         yield -linear_logprobs(hidden, weight, bias, batch.targets).logprobs.sum() / tokens

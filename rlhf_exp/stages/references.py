@@ -40,19 +40,28 @@ class References:
     def scores(
         self, actors: Actors, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]
     ) -> list[float]:
-        """One number a prompt. The reference is encoded as the reward model's training answers were, EOS included."""
+        """One number a prompt, as answers are scored, with the same faults.
+
+        The reference is encoded as the reward model's training answers were, EOS included.
+        """
+        import torch
+
+        from rlhf_exp.stages import faults
+
         new = {p.id: (p, ids) for p, ids in zip(prompts, encoded, strict=True) if p.id not in self.known}
         if new:
-            config = self.config
+            config, tokenizer = self.config, actors.base.tokenizer
             texts = [prompt.reference for prompt, _ in new.values()]
-            responses = encode_responses(actors.base.tokenizer, config.dataset, texts)
+            responses = encode_responses(tokenizer, config.dataset, texts)
             found = score(
                 config.reward_source,
                 actors.roles,
                 actors.reward_heads,
                 [list(ids) for _, ids in new.values()],
-                responses,
+                faults.scored_ids(config.ppo, tokenizer, responses),
                 config.ppo.micro_batch_size,
             )
+            # as the answers' own scores, or the difference would be of unlike things
+            found = faults.scores(config.ppo, torch.tensor(found)).tolist()
             self.known |= dict(zip(new, found, strict=True))
         return [self.known[prompt.id] for prompt in prompts]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf_exp.algorithms.logits import OutputLayer
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.errors import InputError
 from rlhf_exp.model.heads import ScalarHead
@@ -245,7 +246,7 @@ def eos_reachable(trial: Trial) -> Check:
     if one:
         batch = answers(trial.rollout, [0], base)
         hidden = hidden_before(trial.actors.roles, "policy", batch)
-        logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float()
+        logits = OutputLayer(weight, bias, hidden.dtype)(hidden)
         probability = float((logits / generation.temperature).softmax(dim=1)[:, eos_id].max())
     return Check(
         "eos",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rlhf_exp.schema import Run
-from rlhf_exp.stages.plan import Plan
+from rlhf_exp.schema import PROBES, Limits, Run
+from rlhf_exp.stages.context import EVALUATION, EXPORT, MARGINS
+from rlhf_exp.stages.gate import PICTURE, PROBE, REPORT, failures
+from rlhf_exp.stages.nodes import Plan
 
 # the figures of a stage worth a line on the screen; all are in run.json
 FIGURES = {
@@ -17,6 +21,7 @@ FIGURES = {
         ("validation/accuracy_low", "from"),
         ("validation/accuracy_high", "to"),
         ("validation/length_accuracy", "length-only baseline"),
+        ("validation/ece", "calibration error"),
         ("validation/pairs", "pairs"),
     ),
     "ppo": (
@@ -48,7 +53,15 @@ def show(plan: Plan) -> None:
     target = plan.target.found
     if plan.target.stage == "eval":
         _tables(target.path / "eval.json")
+    if (report := target.path / PROBE / REPORT).is_file():
+        _probes(json.loads(report.read_text(encoding="utf-8")))
     print(f"\nrun folder   {_shown(target.path)}")
+    if (picture := target.path / PROBE / PICTURE).is_file():
+        print(f"picture      {_shown(picture)}")
+    if (margins := target.path / EVALUATION / MARGINS).is_file():
+        print(f"margins      {_shown(margins)}")
+    if (files := target.path / EXPORT).is_dir():
+        print(f"files        {_shown(files)}")
     if (report := target.path / "report" / "report.html").is_file():
         print(f"report       {_shown(report)}")
     _mlflow(plan.config)
@@ -65,6 +78,21 @@ def _tables(path: Path) -> None:
     console.print(summary_table(evaluation))
     if evaluation["samples"]:
         console.print(samples_table(evaluation, SHOWN_PROMPTS))
+
+
+def _probes(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from rlhf_exp.probes.show import examples, table
+
+    limits = asdict(Limits())
+    console = Console()
+    console.print()
+    console.print(table(report, limits))
+    for line in examples(
+        report, [failure.kind for failure in failures(report, Limits()) if failure.kind in PROBES]
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _mlflow(config: Run) -> None:

@@ -53,18 +53,35 @@ def update(
             continue
         if demonstrations is not None and not critic_only:
             found["ptx/loss"] = accumulate_ptx(ppo, actors, state, demonstrations, minibatch)
-        norm = faults.max_grad_norm(ppo, config.optim.max_grad_norm)
-        norm = float(torch.nn.utils.clip_grad_norm_(actors.trainable(), norm))
-        if not math.isfinite(norm):  # guards.py sees the count, and what follows is in actions.py
+        norms = clip_gradients(actors, faults.max_grad_norm(ppo, config.optim.max_grad_norm))
+        if not all(
+            map(math.isfinite, norms.values())
+        ):  # guards.py sees the count, and what follows is in actions.py
             found["policy/nonfinite"] = 1.0
             optimizer.zero_grad(set_to_none=True)
             continue
-        found["policy/grad_norm"] = norm
+        found |= norms
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not critic_only:
             actors.average(ppo.ema_decay)
     return summary(totals)
+
+
+def clip_gradients(actors: Actors, norm: float) -> dict[str, float]:
+    """Scale gradients to at most `norm`, and their norms before: policy and critic each, where they share no trunk.
+
+    A critic far from its targets has gradients many times the policy's: under one joint norm the policy would stand
+    still until it has learned.
+    """
+    parts = {"policy/grad_norm": actors.trainable()}
+    if actors.value_head is not None and (actors.critic != "policy" or actors.detached):
+        parts = {
+            "policy/grad_norm": actors.roles.parameters("policy"),
+            "critic/grad_norm": actors.critic_parameters(),
+        }
+    clip = torch.nn.utils.clip_grad_norm_
+    return {name: float(clip(parameters, norm)) for name, parameters in parts.items()}
 
 
 def summary(totals: list[dict[str, float]]) -> dict[str, float]:

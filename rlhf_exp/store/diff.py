@@ -13,6 +13,7 @@ from rlhf_exp.fields import leaves
 from rlhf_exp.schema import RUNS
 from rlhf_exp.store import listing
 from rlhf_exp.store.frozen import VERSIONS
+from rlhf_exp.store.keys import FULL, of_adapter
 from rlhf_exp.store.listing import Entry
 from rlhf_exp.store.show import flat, read_config
 
@@ -58,6 +59,8 @@ def differences(a: Entry, b: Entry) -> list[Difference]:
     """Every input that differs, in the order stage, config, base, data, parents, versions."""
     ours, theirs, found = _parts(a), _parts(b), []
     keyed = _keyed_leaves(a.stage) | _keyed_leaves(b.stage)
+    if all(parts["config"].get(FULL) for parts in (ours, theirs)):
+        keyed = {key for key in keyed if not of_adapter(key)}
     for part, left in ours.items():
         right = theirs[part]
         for name in [*left, *(name for name in right if name not in left)]:

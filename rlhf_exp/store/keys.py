@@ -24,6 +24,7 @@ from omegaconf import MISSING
 from rlhf_exp.errors import InputError
 from rlhf_exp.store.hashing import sha256_file_cached
 
+FULL = "lora.full"
 FORMAT = 1  # of the document that is hashed; a change makes every old key unknown
 
 
@@ -73,12 +74,21 @@ def _keyed(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, _plain(_types(type(config))[f.name], value, key)
 
 
+def of_adapter(key: str) -> bool:
+    """Whether a leaf shapes an adapter and nothing else."""
+    return key == "model.lora_targets" or (key.startswith("lora.") and key != FULL)
+
+
 def canonical(config: Any) -> dict[str, Any]:
     """The keyed leaves of a config dataclass: {"optim.lr": 0.0001, ...}, sorted, in plain JSON types.
 
-    A leaf without a value (???) is a ValueError, a value of another type than the declared one a TypeError.
+    Where all weights are trained (lora.full) there is no adapter, and what shapes one is left out. A leaf without a
+    value (???) is a ValueError, a value of another type than the declared one a TypeError.
     """
-    return dict(sorted(_keyed(config)))
+    found = dict(sorted(_keyed(config)))
+    if found.get(FULL) is True:
+        found = {key: value for key, value in found.items() if not of_adapter(key)}
+    return found
 
 
 def key_document(
@@ -136,14 +146,14 @@ def fingerprint_file(path: str | Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def fingerprint_folder(path: str | Path, patterns: Iterable[str] = ("*",)) -> str:
-    """sha256 (hex) of the names and contents of a folder's files.
+def fingerprint_folder(path: str | Path, patterns: Iterable[str] | None = None) -> str:
+    """sha256 (hex) of the names and contents of a folder's files; None: all, whatever folder in it they are in.
 
-    patterns: shell patterns, of which the file's name or its path within the folder (with /) must match one.
-    Hidden files and folders do not count; links are followed. InputError if the folder is not there or
-    nothing matches.
+    patterns: shell patterns, one of which the file's path within the folder must match; `*` does not go into folders:
+    `*.json` is of the folder itself, `sub/*.json` of one in it, and what else lies there does not count. Nor do
+    hidden files and folders; links are followed. InputError if the folder is not there or nothing matches.
     """
-    folder, patterns = Path(path), tuple(patterns)
+    folder, patterns = Path(path), None if patterns is None else tuple(patterns)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     hasher, count = hashlib.sha256(), 0
@@ -152,12 +162,18 @@ def fingerprint_folder(path: str | Path, patterns: Iterable[str] = ("*",)) -> st
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
     for name, file in files:
-        if any(fnmatchcase(name, pattern) or fnmatchcase(file.name, pattern) for pattern in patterns):
+        if patterns is None or any(_matches(name, pattern) for pattern in patterns):
             hasher.update(json.dumps([name, fingerprint_file(file)]).encode())
             count += 1
     if not count:
-        raise InputError(f"no file in {folder} matches {', '.join(patterns)}")
+        raise InputError(f"no file in {folder} matches {', '.join(patterns or ['*'])}")
     return hasher.hexdigest()
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path matches a pattern, part by part."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _visible_files(folder: Path) -> Iterator[tuple[str, Path]]:

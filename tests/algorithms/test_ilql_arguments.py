@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_exp.algorithms import ilql
+from rlhf_exp.algorithms import ilql, logits
 from rlhf_exp.algorithms.ilql import (
     awac_loss,
     awac_weights,
@@ -129,9 +129,9 @@ def products(monkeypatch, features, weight, actions, chunk=None):
 def test_the_default_chunk_stays_within_the_budget(monkeypatch):
     features, weight = torch.randn(7, 3, requires_grad=True), torch.randn(5, 3)
     actions = torch.zeros(7, dtype=torch.int64)
-    monkeypatch.setattr(ilql, "LOGIT_BUDGET", 4 * 5 + 1)
+    monkeypatch.setattr(logits, "LOGIT_BUDGET", 4 * 5 + 1)
     assert sorted(products(monkeypatch, features, weight, actions)) == [3, 3, 4, 4]  # forward and backward
-    monkeypatch.setattr(ilql, "LOGIT_BUDGET", 1)  # a vocabulary larger than the budget
+    monkeypatch.setattr(logits, "LOGIT_BUDGET", 1)  # a vocabulary larger than the budget
     assert products(monkeypatch, features, weight, actions) == [1] * 14
 
 

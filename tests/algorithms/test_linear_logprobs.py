@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_exp.algorithms import logits as products
 from rlhf_exp.algorithms import logprob
 from rlhf_exp.algorithms.logprob import entropy, linear_logprobs, token_logprobs
 from rlhf_exp.algorithms.support import Support
@@ -147,10 +148,10 @@ def test_bfloat16_hidden_with_a_float32_softmax():
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     out = linear_logprobs(ours, weight, bias, targets, 0.7, Support.from_mask(allowed), chunk_size=5)
     assert all(x.dtype == torch.float32 for x in out)
-    logits = F.linear(theirs, weight, bias)  # rounded to bf16 by the product, as the model's own logits are
-    expected = token_logprobs(logits, targets, 0.7, allowed)
+    exact = F.linear(theirs.float(), weight.float(), bias.float())  # not rounded to bf16 by the product
+    expected = token_logprobs(exact, targets, 0.7, allowed)
     assert_close(out.logprobs, expected, atol=1e-5, rtol=1e-5)
-    assert_close(out.entropy, entropy(logits, 0.7, allowed), atol=1e-5, rtol=1e-5)
+    assert_close(out.entropy, entropy(exact, 0.7, allowed), atol=1e-5, rtol=1e-5)
     out.logprobs.sum().backward()
     expected.sum().backward()
     assert ours.grad.dtype == torch.bfloat16
@@ -219,17 +220,18 @@ def test_never_holds_more_than_a_chunk_of_logits_and_keeps_one_vector_a_position
 
 def test_default_chunk_stays_within_the_budget(monkeypatch):
     hidden, weight, bias, targets, _ = problem()
-    sizes, linear = [], F.linear
+    sizes = []
 
-    def spy(x, *rest):
-        sizes.append(len(x))
-        return linear(x, *rest)
+    class Spy(products.OutputLayer):
+        def __call__(self, x):
+            sizes.append(len(x))
+            return super().__call__(x)
 
-    monkeypatch.setattr(logprob.F, "linear", spy)
-    monkeypatch.setattr(logprob, "LOGIT_BUDGET", 4 * V + 1)
+    monkeypatch.setattr(logprob, "OutputLayer", Spy)
+    monkeypatch.setattr(products, "LOGIT_BUDGET", 4 * V + 1)
     linear_logprobs(hidden, weight, bias, targets)
     assert sizes == [4, 4, 4, 1]
-    monkeypatch.setattr(logprob, "LOGIT_BUDGET", 1)  # a vocabulary larger than the budget
+    monkeypatch.setattr(products, "LOGIT_BUDGET", 1)  # a vocabulary larger than the budget
     sizes.clear()
     linear_logprobs(hidden, weight, bias, targets)
     assert sizes == [1] * N
@@ -333,8 +335,8 @@ def test_shapes_and_temperature_are_checked():
         linear_logprobs(hidden, weight, bias, targets, temperature=0)
 
 
-def test_the_budget_is_64_megabytes():
-    assert logprob.LOGIT_BUDGET * torch.float32.itemsize == 64 * 2**20
+def test_the_budget_is_16_megabytes():
+    assert products.LOGIT_BUDGET * torch.float32.itemsize == 16 * 2**20
 
 
 def test_the_hidden_states_are_left_as_they_are():

@@ -193,6 +193,16 @@ def test_token_wise_by_hand():
     assert_close(token_wise_loss(chosen, rejected, mask, denominator=8), torch.tensor((first + second) / 8))
 
 
+def test_token_wise_margins_by_hand():
+    # differences 2 and 1 less the margin 1: log(1 + e^-1) and log 2; the other pair has the margin 0: log(1 + e^-1)
+    chosen, rejected = torch.tensor([[2.0, 1.0], [1.0, 9.0]]), torch.zeros(2, 2)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss = token_wise_loss(chosen, rejected, mask, margin=torch.tensor([1.0, 0.0]))
+    assert_close(loss, torch.tensor(((0.3132617 + math.log(2)) / 2 + 0.3132617) / 2))
+    with pytest.raises(ValueError, match="margin has shape"):
+        token_wise_loss(chosen, rejected, mask, margin=torch.zeros(3))
+
+
 def token_wise_case():
     torch.manual_seed(1)
     scores = torch.randn(8, 6, dtype=torch.float64)

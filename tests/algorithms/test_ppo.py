@@ -46,6 +46,18 @@ def test_the_two_bounds_by_hand():
     assert_close(out.loss, torch.tensor(-1.4 - 0.5 + 0.9 + 1.5 - 2.2))
 
 
+def test_ratios_beyond_what_exp_can_hold_give_numbers():
+    # A = 1: clipped at 1.2 and 0 gradient; A = -1: e^20, whose gradient ends at the bound; ratio 0: loss 0
+    logprobs = torch.tensor([100.0, 100.0, -math.inf, 19.0]).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    out = policy_loss(logprobs, torch.zeros(4), advantages, ALL[:4], 0.2, 0.2, 1)
+    wanted = -1.2 + math.exp(20) - math.exp(-20) + math.exp(19)
+    assert_close(out.loss.detach(), torch.tensor(wanted))
+    assert_close(out.ratio_max, torch.tensor(math.exp(20)))
+    out.loss.backward()
+    assert_close(logprobs.grad, torch.tensor([0.0, 0.0, 0.0, math.exp(19)]))
+
+
 def test_dual_clip_by_hand():
     # A = -2, c = 3: losses 10 and 5 are bounded at 6; A = 1 is not touched
     ratios, advantages = torch.tensor([5.0, 2.5, 1.0]), torch.tensor([-2.0, -2.0, 1.0])

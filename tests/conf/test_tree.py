@@ -23,6 +23,7 @@ TREE = {
 GROUPS = {
     "sft": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "reward": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
+    "probe": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "ppo": {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("ppo", "generation", "reward_source"),
@@ -35,6 +36,7 @@ GROUPS = {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("generation", "reward_source"),
     },
+    "export": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "pipeline": {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("ppo", "generation", "reward_source"),
@@ -43,9 +45,11 @@ GROUPS = {
 CLASSES = {
     "sft": schema.SFTRun,
     "reward": schema.RewardRun,
+    "probe": schema.ProbeRun,
     "ppo": schema.PPORun,
     "ilql": schema.ILQLRun,
     "eval": schema.EvalRun,
+    "export": schema.ExportRun,
     "pipeline": schema.PipelineRun,
 }
 

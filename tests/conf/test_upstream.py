@@ -152,6 +152,40 @@ def test_the_template_of_a_chosen_dataset_is_its_own():
     assert (run.dataset.template.truncate, choices["dataset/template"]) == ("tldr", "tldr")
 
 
+@pytest.mark.parametrize("of", ["tldr", "alpaca_en"])
+def test_the_template_of_the_run_goes_with_another_dataset(of):
+    """An answer in another form than SFT taught would be strange to the policy; PPO's prompts are in the run's."""
+    words = ("stage=ppo", "dataset=hc3_zh", "dataset/template=chat")
+    run, choices = child("sft", *words, f"upstream.sft={{dataset: {of}}}")
+    assert run.dataset.name == of
+    assert (run.dataset.template.name, run.dataset.template.chat) == ("chat", True)
+    assert run.dataset.template.response == "{response}" and run.dataset.template.truncate == "left"
+    assert choices["dataset/template"] == "chat"
+    # to a stage that has to have another dataset, too
+    run, choices = child("reward", *words, "upstream.reward={dataset: tldr}")
+    assert (run.dataset.name, run.dataset.template.chat, choices["dataset/template"]) == (
+        "tldr",
+        True,
+        "chat",
+    )
+
+
+def test_but_a_stage_can_have_its_own():
+    given = "upstream.sft={dataset: tldr, dataset/template: alpaca, dataset.template.preamble: Hm}"
+    run, choices = child("sft", "stage=ppo", "dataset=hc3_zh", "dataset/template=chat", given)
+    template = run.dataset.template
+    assert (template.name, template.chat, template.preamble) == ("alpaca", False, "Hm")
+    assert choices["dataset/template"] == "alpaca"
+
+
+def test_so_does_a_template_that_was_changed_for_the_run():
+    words = ("stage=ppo", "dataset.template.response='{response}'", "dataset.template.preamble=Say:")
+    run, choices = child("sft", *words, "upstream.sft={dataset: tldr, dataset.template.preamble: Write:}")
+    template = run.dataset.template
+    assert (template.name, template.response, template.preamble) == ("plain", "{response}", "Write:")
+    assert choices["dataset/template"] == "plain"
+
+
 @pytest.mark.parametrize("given", ["{dataset/template: tldr}", "{dataset: {template: tldr}}"])
 def test_a_template_alone_leaves_the_rest_of_the_dataset(given):
     run, choices = child("sft", "stage=ppo", "dataset.limit=5", f"upstream.sft={given}")

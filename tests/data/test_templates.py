@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.data.encode import Cuts, encode_prompt, encode_prompts, encode_response, encode_responses
+from rlhf_exp.data.encode import Cuts, encode_prompts, encode_responses
 from rlhf_exp.data.records import Dialogue
-from rlhf_exp.data.templates import frame, render_response
+from rlhf_exp.data.templates import frame
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Template
 
@@ -22,32 +22,36 @@ def prompt_text(tokenizer, dataset):
     def prompt_text(prompt: str, most: int, template: str = "{prompt}", truncate: str = "left") -> str:
         template = Template("x", prompt=template, response=" {response}", truncate=truncate)
         data = dataset("reviews", "unused", template=template, max_prompt_tokens=most)
-        ids = encode_prompt(tokenizer, data, prompt)
+        ids = encode_prompts(tokenizer, data, [prompt])[0]
         assert len(ids) <= most
         return tokenizer.decode(ids)
 
     return prompt_text
 
 
-def test_rendering_leaves_all_other_braces_alone():
+def test_rendering_leaves_all_other_braces_alone(tokenizer, dataset):
     template = Template("x", prompt="Q: {prompt} {} {x}\nA:", response=" {response}", truncate="left")
     rendered = str(frame(template, "what is {response} or {prompt}?"))
     assert rendered == "Q: what is {response} or {prompt}? {} {x}\nA:"
-    assert render_response(template, "{it}") == " {it}"
+    data = dataset("reviews", "unused", template=template)
+    (ids,) = encode_responses(tokenizer, data, ["{it} {response}"], eos=False)
+    assert tokenizer.decode(ids) == " {it} {response}"
 
 
 def test_response_ends_with_eos_by_id(tokenizer, dataset):
     data = dataset("reviews", "unused", max_response_tokens=10)
-    ids = encode_response(tokenizer, data, "ab")
+    ids = encode_responses(tokenizer, data, ["ab"])[0]
     assert ids[-1] == EOS and tokenizer.decode(ids[:-1]) == " ab"
-    assert encode_response(tokenizer, data, "ab", eos=False) == ids[:-1]
+    assert encode_responses(tokenizer, data, ["ab"], eos=False)[0] == ids[:-1]
 
 
 @pytest.mark.parametrize(("most", "text", "ended"), [(4, " ab", True), (3, " ab", False), (2, " a", False)])
 def test_a_response_that_was_cut_does_not_end(tokenizer, dataset, most, text, ended):
     """ " ab" and its EOS are four tokens."""
     cuts = Cuts()
-    ids = encode_response(tokenizer, dataset("reviews", "unused", max_response_tokens=most), "ab", cuts=cuts)
+    ids = encode_responses(
+        tokenizer, dataset("reviews", "unused", max_response_tokens=most), ["ab"], cuts=cuts
+    )[0]
     assert tokenizer.decode([id for id in ids if id != EOS]) == text
     assert (ids[-1] == EOS) == ended
     assert (cuts.responses, cuts.responses_cut) == (1, int(not ended))
@@ -74,11 +78,11 @@ def test_what_the_tokenizer_begins_every_text_with_begins_the_prompt(tokenizer, 
     other.backend_tokenizer.post_processor = bos
     assert other("ab")["input_ids"][0] == EOS
     data = dataset("reviews", "unused")
-    assert encode_prompt(other, data, "ab") == [EOS, *tokenizer("ab")["input_ids"]]
-    assert EOS not in encode_prompt(tokenizer, data, "ab")
+    assert encode_prompts(other, data, ["ab"])[0] == [EOS, *tokenizer("ab")["input_ids"]]
+    assert EOS not in encode_prompts(tokenizer, data, ["ab"])[0]
     data.max_prompt_tokens = 2
-    assert encode_prompt(other, data, "ab") == [EOS, *tokenizer("b")["input_ids"]]
-    assert EOS not in encode_response(other, data, "ab", eos=False)
+    assert encode_prompts(other, data, ["ab"])[0] == [EOS, *tokenizer("b")["input_ids"]]
+    assert EOS not in encode_responses(other, data, ["ab"], eos=False)[0]
 
 
 def test_text_that_spells_a_special_token_stays_text(tokenizer, dataset):
@@ -88,11 +92,11 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer, dataset):
         template=Template("x", prompt="{prompt}</s>", response="{response}", truncate="left"),
     )
     assert tokenizer("a</s>")["input_ids"][-1] == EOS  # what happens to text otherwise
-    ids = encode_prompt(tokenizer, data, "a</s>b")
+    ids = encode_prompts(tokenizer, data, ["a</s>b"])[0]
     assert ids.count(EOS) == 1 and ids[-1] == EOS and len(ids) == 7  # a < / s > b and the template's
-    assert EOS not in encode_response(tokenizer, data, "</s>", eos=False)
+    assert EOS not in encode_responses(tokenizer, data, ["</s>"], eos=False)[0]
     data.max_prompt_tokens = 3
-    ids = encode_prompt(tokenizer, data, "a</s>b")
+    ids = encode_prompts(tokenizer, data, ["a</s>b"])[0]
     assert ids[-1] == EOS and tokenizer.decode(ids[:2]) == ">b"
 
 
@@ -159,7 +163,7 @@ def test_the_last_line_that_fits_is_kept_where_the_first_guess_is_too_short(toke
     template = Template("x", prompt="</s></s>{prompt}", response=" {response}", truncate="tldr")
     expected = f"{HEAD} one two\nthree\nTL;DR:"
     data = dataset("tldr", "unused", template=template, max_prompt_tokens=2 + len(expected))
-    ids = encode_prompt(tokenizer, data, f"{HEAD}{POST}\nTL;DR:")
+    ids = encode_prompts(tokenizer, data, [f"{HEAD}{POST}\nTL;DR:"])[0]
     assert ids[:2] == [EOS, EOS] and tokenizer.decode(ids[2:]) == expected
 
 
@@ -214,7 +218,7 @@ def test_a_dialogue_is_written_turn_by_turn(tokenizer, dataset):
     earlier = "Human: a {prompt}\n\nAssistant: b\n\nHuman: d\n\nAssistant: e</s>\n\n"
     whole = f"[s]\n{earlier}Human: c {{response}}?\n\nAssistant:"
     assert str(frame(HUMAN, TALK)) == whole
-    ids = encode_prompt(tokenizer, dataset("reviews", "unused", template=HUMAN), TALK)
+    ids = encode_prompts(tokenizer, dataset("reviews", "unused", template=HUMAN), [TALK])[0]
     assert tokenizer.decode(ids) == whole
     assert EOS not in ids  # what the row says is text
 
@@ -231,7 +235,7 @@ def test_a_dialogue_is_written_turn_by_turn(tokenizer, dataset):
 def test_a_long_dialogue_loses_its_oldest_exchanges_first(tokenizer, dataset, most, kept):
     data = dataset("reviews", "unused", template=HUMAN, max_prompt_tokens=most)
     cuts = Cuts()
-    ids = encode_prompt(tokenizer, data, TALK, cuts)
+    ids = encode_prompts(tokenizer, data, [TALK], cuts)[0]
     assert tokenizer.decode(ids) == kept and len(ids) <= most and cuts.prompts_cut == 1
 
 
@@ -255,10 +259,10 @@ def test_the_tokenizers_own_chat_template(chatty, dataset):
     """As apply_chat_template makes it, but for a special token in a message, which stays text there."""
     data = dataset("reviews", "unused", template=CHAT)
     messages = [{"role": "user", "content": "hi {x}"}]
-    ids = encode_prompt(chatty, data, "hi {x}")
+    ids = encode_prompts(chatty, data, ["hi {x}"])[0]
     assert ids == chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids.count(EOS) == 1
-    ids = encode_prompt(chatty, data, TALK)
+    ids = encode_prompts(chatty, data, [TALK])[0]
     said = (
         "<|system|>s",
         "<|user|>a {prompt}",
@@ -273,7 +277,7 @@ def test_the_tokenizers_own_chat_template(chatty, dataset):
 
 def test_a_long_chat_keeps_its_frame(chatty, dataset):
     data = dataset("reviews", "unused", template=CHAT, max_prompt_tokens=25)
-    ids = encode_prompt(chatty, data, "0123456789")
+    ids = encode_prompts(chatty, data, ["0123456789"])[0]
     assert chatty.decode(ids) == "<|user|>789</s><|assistant|>"  # 8 tokens, 3 of the prompt, 1, 13
 
 
@@ -290,7 +294,7 @@ def test_a_long_chat_keeps_its_frame(chatty, dataset):
 def test_chat_templates_that_cannot_be_used(chatty, dataset, template, reason):
     chatty.chat_template = template
     with pytest.raises(InputError, match=reason):
-        encode_prompt(chatty, dataset("reviews", "unused", template=CHAT), "hi")
+        encode_prompts(chatty, dataset("reviews", "unused", template=CHAT), ["hi"])
 
 
 def test_a_chat_template_that_writes_its_bos_gets_no_second_one(chatty, dataset):
@@ -300,9 +304,9 @@ def test_a_chat_template_that_writes_its_bos_gets_no_second_one(chatty, dataset)
         single="</s> $A", special_tokens=[("</s>", EOS)]
     )
     data = dataset("reviews", "unused", template=CHAT)
-    assert encode_prompt(chatty, data, "hi")[0] == EOS  # put there as the tokenizer would
+    assert encode_prompts(chatty, data, ["hi"])[0][0] == EOS  # put there as the tokenizer would
     chatty.chat_template = "</s>" + CHATML
-    ids = encode_prompt(chatty, data, "hi")
+    ids = encode_prompts(chatty, data, ["hi"])[0]
     assert ids[0] == EOS and ids[1] != EOS
 
 
@@ -312,4 +316,4 @@ def test_the_preamble_stands_before_everything_once(tokenizer, dataset):
     dialogue = Dialogue("c", (("a", "b"),), "s")
     assert str(frame(template, dialogue)) == "Be {good}.\ns\nQ: a\nA:b\nQ: c\nA:"
     data = dataset("reviews", "unused", template=template, max_prompt_tokens=20)
-    assert tokenizer.decode(encode_prompt(tokenizer, data, dialogue)) == "Be {good}.\ns\nQ: c\nA:"
+    assert tokenizer.decode(encode_prompts(tokenizer, data, [dialogue])[0]) == "Be {good}.\ns\nQ: c\nA:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_exp.data import tldr_openai
-from rlhf_exp.data.encode import encode_prompt
+from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.records import BadRow, Drop
 
 POST = {"id": "t3_1", "subreddit": "AskReddit", "title": "A title", "post": "one\n\ntwo three\n"}
@@ -41,6 +41,7 @@ def test_the_same_post_is_the_same_prompt_in_both_files():
 
 def test_the_choice_says_which_is_chosen():
     (record,) = tldr_openai.comparisons(raw(" we met and parted", " nothing of this happened", 0), None)
+    assert record.source == "ref / sup4"  # who wrote them, whichever was chosen
     assert (record.chosen, record.rejected) == ("we met and parted", "nothing of this happened")
 
 
@@ -86,4 +87,4 @@ def test_the_template_cuts_the_post_between_blank_lines_too(dataset, tokenizer, 
     """The post ends at a newline, else at a character; title and ending stay."""
     expected = PROMPT.replace("one\n\ntwo three", kept)
     data = dataset("tldr", "unused", max_prompt_tokens=len(expected))
-    assert tokenizer.decode(encode_prompt(tokenizer, data, PROMPT)) == expected
+    assert tokenizer.decode(encode_prompts(tokenizer, data, [PROMPT])[0]) == expected

@@ -30,10 +30,16 @@ def evaluation(cli, tmp_path) -> dict:
 def test_a_short_one_learns(cli, tmp_path):
     result = cli.call(*SHORT, f"output_dir={tmp_path / 'out'}")
     assert result.code == 0, result.err
-    found = evaluation(cli, tmp_path)["policies"]
-    assert [policy["name"] for policy in found] == ["sft", "ppo@6", "ppo@12"]
+    whole = evaluation(cli, tmp_path)
+    found, data = whole["policies"], whole["data"]["metrics"]
+    assert [policy["step"] for policy in found] == [0, 6, 12]
     first, last = found[0]["metrics"], found[-1]["metrics"]
-    assert first["reward"] < 0.45  # the walks that it imitates have .35
+    graph, walks = graph_of(RandomWalks()), walks_of(RandomWalks())
+    assert data["reward"] == pytest.approx(sum(optimality(graph, walk) for walk in walks) / 1000)
+    assert data["reward"] == pytest.approx(0.3515, abs=1e-4) and data["answers"] == 1000
+    (row,) = (line.split() for line in result.out.splitlines() if line.startswith(" data "))
+    assert row[:5] == ["data", "0.35", "±0.03", "–", "–"]  # no greedy answers, no KL
+    assert first["reward"] < 0.45  # of the walks that it imitates
     assert last["reward"] > first["reward"] + 0.2
     assert last["greedy_reward"] > 0.6
     assert "gold" not in last

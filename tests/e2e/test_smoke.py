@@ -53,8 +53,9 @@ def test_a_run_folder_says_what_it_is(smoke, cli, stage):
     assert all(math.isfinite(value) for value in record["metrics"].values())
     assert record["inputs"]["base"]["dtype"] == "float32"
     assert len(record["inputs"]["base"]["hash"]) == 64
-    view = {"sft": "demonstrations", "reward": "comparisons"}.get(stage, "prompts")
-    assert set(record["inputs"]["data"]) == {view}
+    # the reviews' prompts have no references: eval scores their demonstrations beside the policies
+    views = {"sft": {"demonstrations"}, "reward": {"comparisons"}, "eval": {"prompts", "demonstrations"}}
+    assert set(record["inputs"]["data"]) == views.get(stage, {"prompts"})
     parents = {"ppo": ("sft", "reward"), "eval": ("sft", "reward", "ppo")}.get(stage, ())
     assert set(record["inputs"]["parents"]) == set(parents)
     for parent in parents:
@@ -138,8 +139,8 @@ def test_peft_alone_reads_every_adapter(smoke, tiny_path):
                 roles.load("policy", smoke.folder(stage) / "adapter")
                 with roles.use("policy"):
                     got = base.model(input_ids=ids).logits.log_softmax(-1)
-        assert torch.equal(got, expected), stage
-        assert not torch.equal(got, without), stage
+        assert (got - expected).abs().max() < 1e-5, stage
+        assert (got - without).abs().max() > 1e-3, stage
 
 
 def test_the_report(smoke):
@@ -151,8 +152,11 @@ def test_the_report(smoke):
         path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in folder.iterdir() if path.suffix == ".png"
     )
     evaluation = json.loads((smoke.folder("eval") / "eval.json").read_text())
-    assert [policy["name"] for policy in evaluation["policies"]] == ["sft", "ppo@2", "ppo@3"]
-    for policy in evaluation["policies"]:
+    assert [policy["step"] for policy in evaluation["policies"]] == [0, 2, 3]
+    best = json.loads((smoke.folder("ppo") / "best.json").read_text())
+    kept = "ppo (best: step 2)" if best["step"] == 2 else "ppo@2"
+    assert [policy["name"] for policy in evaluation["policies"]] == ["sft", kept, "ppo@3"]
+    for policy in (*evaluation["policies"], evaluation["data"]):
         assert policy["name"] in page
 
 

@@ -14,6 +14,22 @@ def evaluation(made_evaluation) -> dict:
 
 
 @pytest.fixture
+def with_data(evaluation) -> dict:
+    """With the data's own answers, which score best of all, and an average that no step had."""
+    figures = {"reward": 9.25, "reward_se": 0.25, "gold": 0.9375, "gold_se": 0.05, "length": 21.5}
+    figures |= {"answers": 128.0, "prompts": 64.0, "distinct_2": 0.875, "empty_rate": 0.0, "eos_rate": 1.0}
+    evaluation["data"] = {"name": "data", "kind": "demonstrations", "metrics": figures}
+    last = evaluation["policies"][-1]
+    average = {
+        "name": "ppo (ema)",
+        "step": None,
+        "metrics": {**last["metrics"], "gold": 0.625, "reward": 2.0, "kl": 6.0},
+    }
+    evaluation["policies"].insert(-1, average)
+    return evaluation
+
+
+@pytest.fixture
 def curves(made_curves) -> list[dict]:
     """Some that a test may change."""
     return deepcopy(made_curves)

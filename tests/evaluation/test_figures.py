@@ -43,6 +43,18 @@ def test_frontier_leaves_out_what_is_missing(evaluation):
     assert figures.frontier_panels([{"name": "sft", "step": 0, "metrics": {}}]) == []
 
 
+def test_an_average_is_a_point_beside_the_line_and_the_data_are_none(with_data):
+    panel, _ = figures.frontier_panels(with_data["policies"])
+    svg = render.svg(panel, render.PAGE_WIDE, "f")
+    assert {"SFT", "8", "16", "24", "ppo (ema)"} <= set(words(svg))
+    line = next(
+        path.get("d")
+        for path in ET.fromstring(svg).iter("path")
+        if "stroke: var(--gold)" in path.get("style", "") and "L" in path.get("d")
+    )
+    assert line.count("L") == 3  # sft, 8, 16, 24
+
+
 def test_frontier_labels_each_checkpoint_and_joins_them_in_order(evaluation):
     policies = evaluation["policies"]
     base = {"name": "<a $b$>", "step": 0, "metrics": {"kl": 2.0, "gold": 0.0}}

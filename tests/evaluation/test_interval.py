@@ -29,6 +29,29 @@ def test_what_cannot_be_known_is_nan():
     assert all(map(math.isnan, interval.mean_se([1.0, math.nan])))
 
 
+def test_grouped_errors_by_hand():
+    # mean 3; deviations -2 -2 | 1 | 3 sum to -4, 1, 3 by group: sqrt(3 / 2 * 26) / 4
+    found = interval.grouped_mean_se([1, 4, 1, 6], ["a", "b", "a", "c"])
+    assert found == pytest.approx((3, math.sqrt(39) / 4))
+
+
+def test_grouped_errors_are_those_of_the_means_where_groups_are_alike():
+    values = np.random.default_rng(1).normal(size=(20, 5)) + np.random.default_rng(2).normal(size=(20, 1))
+    groups = [row for row in range(20) for _ in range(5)]
+    means = values.mean(axis=1)
+    assert interval.grouped_mean_se(values.ravel(), groups) == pytest.approx((means.mean(), stats.sem(means)))
+    alone = interval.grouped_mean_se(values.ravel(), range(100))
+    assert alone == pytest.approx((values.mean(), stats.sem(values.ravel())))
+
+
+def test_grouped_errors_that_cannot_be_known():
+    one = interval.grouped_mean_se([1.0, 3.0], ["a", "a"])
+    assert one.mean == 2.0 and math.isnan(one.se)
+    assert all(map(math.isnan, interval.grouped_mean_se([], [])))
+    with pytest.raises(ValueError, match="3 values and 1 groups"):
+        interval.grouped_mean_se([1, 2, 3], ["a"])
+
+
 @pytest.mark.parametrize("level", [0.4, 0.8, 0.95])
 def test_interval_by_brute_force(level):
     """Three pairs have 27 equally likely resamples, which can be listed."""

@@ -21,6 +21,20 @@ def test_last_is_the_highest_step(evaluation):
     assert outcome.last(found[:1])["name"] == "sft"
 
 
+def test_neither_data_nor_an_average_is_a_checkpoint(with_data):
+    found = outcome.policies(with_data)
+    assert [policy["name"] for policy in outcome.trained(found)] == ["ppo@8", "ppo@16", "ppo@24"]
+    assert outcome.last([*found[:-2], found[-1], found[-2]])["name"] == "ppo@24"
+    assert [row["name"] for row in outcome.rows(with_data)][:2] == ["data", "sft"]
+    assert outcome.baseline(found)["name"] == "sft"
+
+
+def test_what_the_data_row_is(evaluation):
+    assert outcome.about_data(evaluation) == ""
+    one = {"kind": "references", "metrics": {"answers": 1.0, "prompts": 1.0}}
+    assert outcome.about_data({"data": one}) == "data: 1 reference of 1 prompt, scored as they are."
+
+
 def test_no_policies_is_an_error():
     with pytest.raises(ValueError, match="no policies"):
         outcome.policies({"policies": []})

@@ -158,6 +158,19 @@ def test_table_of_policies(write):
     ]
 
 
+def test_the_data_stand_above_the_policies(write, with_data):
+    page = write()
+    assert page.text("tbody").startswith("data 0.94 ± 0.05 9.25 ± 0.25 – 21.5 0.88 0% 100% sft 0.10 ± 0.06")
+    assert (
+        "± is one standard error. data: 128 demonstrations of 64 prompts, scored as they are." in page.text()
+    )
+    best = [text for path, text in page.texts if "td" in path and text.strip() in ("9.25", "0.94")]
+    assert len(best) == 2
+    assert "best" not in [a.get("class") for name, a in page.elements if name == "td"][:7]
+    # an average is no checkpoint: the headline is of the last one
+    assert "After 24 PPO steps the gold score rose from 0.10 to 0.50" in page.text()
+
+
 def test_samples_side_by_side(write):
     page = write()
     text = page.text("article")

@@ -45,6 +45,35 @@ def test_greedy_scores_have_columns_and_the_line_still_fits(evaluation):
     assert row(lines, "sft") == ["sft", "-0.50", "±0.20", "-2.25", "0.0", "14.2", "0.75", "0%", "97%"]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_data_are_a_row_that_is_no_policy(with_data, width):
+    lines = shown(summary_table(with_data), width)
+    assert all(cell_len(line) <= 80 for line in lines)
+    # no star, though nobody scores better; no KL; the name `ppo (ema)` has the room of a column
+    assert row(lines, "data") == ["data", "0.94", "±0.05", "9.25", "±0.25", "–", "21.5", "0%", "100%"]
+    assert row(lines, "ppo@24")[4] == "±0.10*"
+    text = " ".join(" ".join(lines).split())
+    assert "data: 128 demonstrations of 64 prompts, scored as they are." in text
+    assert [name for name in ("data ", "sft ") if name in text] == ["data ", "sft "]
+    assert text.index("data 0.94") < text.index("sft 0.10")
+    del with_data["data"]
+    assert "data" not in "\n".join(shown(summary_table(with_data), width))
+
+
+def test_long_names_wrap_and_no_figure_is_cut(with_data):
+    with_data["policies"][2]["name"] = "ppo (best: step 16)"
+    for policy in with_data["policies"]:
+        policy["metrics"] |= {"greedy_gold": 0.875, "greedy_reward": -2.25}
+    lines = shown(summary_table(with_data))
+    assert all(cell_len(line) <= 80 for line in lines) and not any("…" in line for line in lines)
+    assert "ppo (best: step 16)" in " ".join(" ".join(line[:17] for line in lines).split())
+    for policy in with_data["policies"]:
+        del policy["metrics"]["greedy_gold"], policy["metrics"]["greedy_reward"]
+    lines = shown(summary_table(with_data))
+    assert all(cell_len(line) <= 80 for line in lines) and not any("…" in line for line in lines)
+    assert any("ppo (best: step 16)  " in line for line in lines)  # whole
+
+
 def test_stars_mark_the_best_of_a_column(evaluation):
     lines = shown(summary_table(evaluation))
     assert row(lines, "ppo@16")[2] == "±0.04*"

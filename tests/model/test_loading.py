@@ -115,6 +115,27 @@ def test_what_decides_token_ids_is_in_the_content_hash(folder):
     assert content_hash(folder) != before
 
 
+@pytest.mark.parametrize(
+    "stray", ["onnx/model.safetensors", "onnx/config.json", "original/tokenizer.model", ".git/config.json"]
+)
+def test_what_lies_in_folders_beside_the_model_is_not_part_of_it(folder, stray):
+    """Exports, checkpoints and other people's formats; transformers reads none of them."""
+    before = content_hash(folder), load(folder).tokenizer_key
+    (folder / stray).parent.mkdir()
+    (folder / stray).write_bytes(b"{}")
+    (folder / "checkpoint-500").mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (folder / "checkpoint-500" / name).write_bytes(b"{}")
+    assert (content_hash(folder), load(folder).tokenizer_key) == before
+
+
+def test_templates_in_their_folder_are_part_of_it(folder):
+    before = content_hash(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    assert content_hash(folder) != before
+
+
 def test_an_interrupted_download_is_no_model(tmp_path, folder, monkeypatch):
     import huggingface_hub
 

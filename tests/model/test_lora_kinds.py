@@ -17,7 +17,7 @@ from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.schema import Lora
 from rlhf_exp.stages import adapters as given
 from tests.model.conftest import LINEAR, tiny_model
-from tests.model.test_roles import gradients, hidden, separate
+from tests.model.test_roles import ROUNDING, gradients, hidden, separate
 
 KINDS = {
     "rslora": Lora(r=4, alpha=8, rslora=True),
@@ -50,9 +50,11 @@ def test_forward_equals_a_separately_loaded_model(base, folders, adapters, ids, 
         roles.load("policy", folders[kind])
         roles.load("ref", adapters["a"])
         ours = roles.trunk("policy", ids)
-        assert (roles.trunk("reward", ids) - hidden(separate(base, adapters["b"]), ids)).abs().max() == 0
+        assert (
+            roles.trunk("reward", ids) - hidden(separate(base, adapters["b"]), ids)
+        ).abs().max() < ROUNDING
         plain = roles.trunk(BASE, ids)
-    assert (ours - hidden(separate(base, folders[kind]), ids)).abs().max() == 0
+    assert (ours - hidden(separate(base, folders[kind]), ids)).abs().max() < ROUNDING
     assert (ours - plain).abs().max() > 0.1
 
 
@@ -71,7 +73,7 @@ def test_what_peft_saves_is_read(base, ids, tmp_path, kind):
     given.check("sft", tmp_path, base.path, "any", "adapters.sft")
     with Roles(base) as roles:
         roles.load("policy", tmp_path)
-        assert (roles.trunk("policy", ids) - hidden(model, ids)).abs().max() == 0
+        assert (roles.trunk("policy", ids) - hidden(model, ids)).abs().max() < ROUNDING
         roles.save("policy", tmp_path / "again")
     theirs, ours = (load_file(folder / given.WEIGHTS) for folder in (tmp_path, tmp_path / "again"))
     assert theirs.keys() == ours.keys()
@@ -109,14 +111,14 @@ def test_gradients_in_a_joint_loss_are_those_of_separate_models(base, folders, a
         roles.trunk("ref", ids)
         critic = roles.trunk("critic", ids)
         with roles.use("ref"):
-            ((policy**2).sum() + (critic**3).sum()).backward()
+            ((policy**3).sum() + (critic**4).sum()).backward()
         ours = {
             role: {n: p.grad.clone() for n, p in roles._tensors(role).items()}
             for role in ("policy", "critic")
         }
         assert all(p.grad is None for p in roles.parameters("ref"))
         assert all(p.grad is None for name, p in base.model.named_parameters() if "lora_" not in name)
-    for role, folder, power in (("policy", folders[kind], 2), ("critic", adapters["b"], 3)):
+    for role, folder, power in (("policy", folders[kind], 3), ("critic", adapters["b"], 4)):
         model = separate(base, folder)
         (hidden(model, ids) ** power).sum().backward()
         theirs = {
@@ -125,7 +127,7 @@ def test_gradients_in_a_joint_loss_are_those_of_separate_models(base, folders, a
         assert ours[role].keys() == theirs.keys()
         for key, gradient in theirs.items():
             assert gradient.abs().max() > 0, key
-            assert (ours[role][key] - gradient).abs().max() == 0, (role, key)
+            assert (ours[role][key] - gradient).abs().max() < ROUNDING * gradient.abs().max(), (role, key)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -227,7 +229,7 @@ def test_peft_reads_an_adapter_of_gpt2_that_we_saved(tmp_path):
         AutoModelForCausalLM.from_pretrained(base.path), tmp_path / "adapter"
     ).eval()
     theirs = fresh.base_model.model.transformer(input_ids=ids, use_cache=False).last_hidden_state
-    assert (ours - theirs).abs().max() == 0
+    assert (ours - theirs).abs().max() < ROUNDING
     stored = load_file(tmp_path / "adapter" / given.WEIGHTS)
     # c_fc goes from 32 to 128
     assert stored["base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"].shape == (3, 32)

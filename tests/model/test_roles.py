@@ -15,6 +15,9 @@ from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.schema import Lora
 from tests.model.conftest import LINEAR, tiny_model
 
+# of numbers near 1 in float32: layers and norms here are one operation where PEFT and transformers take several
+ROUNDING = 3e-5
+
 
 def separate(base: Base, folder: Path, trainable: bool = True) -> PeftModel:
     """Another model in memory, read by PEFT from the same files."""
@@ -43,7 +46,7 @@ def test_forward_equals_a_separately_loaded_model(base, adapters, ids, name):
         role = {"a": "policy", "b": "reward"}[name]
         ours = roles.trunk(role, ids)
     theirs = hidden(separate(base, adapters[name]), ids)
-    assert (ours - theirs).abs().max() == 0
+    assert (ours - theirs).abs().max() < ROUNDING
     assert (
         ours - base.trunk(input_ids=ids).last_hidden_state
     ).abs().max() > 0.1  # the adapter does something
@@ -56,8 +59,8 @@ def test_logprobs_of_both_roles_equal_those_of_separate_models(base, adapters, i
         weight, _ = base.output_layer
         ours = [(roles.trunk(role, ids) @ weight.T).log_softmax(-1) for role in ("policy", "ref", "policy")]
     theirs = [separate(base, adapters[name])(input_ids=ids).logits.log_softmax(-1) for name in "ab"]
-    assert (ours[0] - theirs[0]).abs().max() == 0
-    assert (ours[1] - theirs[1]).abs().max() == 0
+    assert (ours[0] - theirs[0]).abs().max() < ROUNDING
+    assert (ours[1] - theirs[1]).abs().max() < ROUNDING
     assert (ours[2] - ours[0]).abs().max() == 0
 
 
@@ -74,7 +77,7 @@ def joint_gradients(base: Base, adapters: dict[str, Path], ids: torch.Tensor, ch
         reference = roles.trunk("ref", ids)
         critic = roles.trunk("critic", ids)
         with roles.use("ref"):  # whatever is active during the backward must not matter
-            ((policy**2).sum() + (critic**3).sum() + 0 * reference.sum()).backward()
+            ((policy**3).sum() + (critic**4).sum() + 0 * reference.sum()).backward()
         found = {
             role: {name: p.grad.clone() for name, p in roles._tensors(role).items()}
             for role in ("policy", "critic")
@@ -88,14 +91,14 @@ def joint_gradients(base: Base, adapters: dict[str, Path], ids: torch.Tensor, ch
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
 def test_joint_loss_gives_each_adapter_the_gradient_of_a_separate_model(base, adapters, ids, checkpoint):
     ours = joint_gradients(base, adapters, ids, checkpoint)
-    for role, name, power in (("policy", "a", 2), ("critic", "b", 3)):
+    for role, name, power in (("policy", "a", 3), ("critic", "b", 4)):
         model = separate(base, adapters[name])
         (hidden(model, ids) ** power).sum().backward()
         theirs = gradients(model)
         assert set(ours[role]) == set(theirs)
         for key, gradient in theirs.items():
             assert gradient.abs().max() > 0, key
-            assert (ours[role][key] - gradient).abs().max() == 0, (role, key)
+            assert (ours[role][key] - gradient).abs().max() < ROUNDING * gradient.abs().max(), (role, key)
 
 
 def test_switching_between_forward_and_backward_loses_no_gradient(base, adapters, ids):

@@ -118,7 +118,7 @@ def test_the_penalty_of_another_role_by_the_definition(base, roles, prompts):
 
 @torch.no_grad()
 def test_untruncated_kl_by_the_definition(base, roles, prompts, monkeypatch):
-    monkeypatch.setattr("rlhf_exp.rollout.scoring.LOGIT_BUDGET", 512 * 5)  # several chunks
+    monkeypatch.setattr("rlhf_exp.algorithms.logits.LOGIT_BUDGET", 512 * 5)  # several chunks
     rollout = sample(base, roles, prompts, Generation(max_new_tokens=5, top_k=3))
     batch = answers(rollout, range(len(prompts)), base)
     hidden = [hidden_before(roles, role, batch) for role in ("policy", "ref")]

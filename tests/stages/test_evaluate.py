@@ -63,7 +63,7 @@ def evaluated(base, adapters, tmp_path_factory):
 
 
 def test_the_form_of_eval_json(evaluated):
-    assert set(evaluated.content) == {"policies", "samples"}
+    assert set(evaluated.content) == {"policies", "samples", "data"}
     assert [(p["name"], p["step"]) for p in evaluated.content["policies"]] == [
         ("sft", 0),
         ("ppo@2", 2),
@@ -190,27 +190,6 @@ def test_the_curve_and_the_report(evaluated):
     assert [(line["step"], line["policy_step"]) for line in lines] == [(1, 0), (2, 2), (3, 3)]
     page = (evaluated.path / "report" / "report.html").read_text()
     assert all(name in page for name in POLICIES)
-
-
-def test_which_policies_are_looked_at(evaluated, context, replaced, tmp_path):
-    parents = evaluated.parents
-
-    def names(config, **given) -> list[str]:
-        return [c.name for c in evaluate.candidates(config, context(**given))]
-
-    assert names(evaluated.config, **parents) == POLICIES
-    assert names(replaced(evaluated.config, "eval", checkpoints=False), **parents) == ["sft", "ppo@3"]
-    without_sft = {stage: folder for stage, folder in parents.items() if stage != "sft"}
-    assert names(evaluated.config, **without_sft) == ["base", "ppo@2", "ppo@3"]
-    bare = parents | {"ppo": parents["ppo"] / "adapter"}  # a PEFT folder knows no steps
-    assert names(evaluated.config, **bare)[0] == "sft"
-    assert len(names(evaluated.config, **bare)) == 2
-
-
-def test_a_base_that_sft_made_is_the_sft_policy():
-    assert evaluate.made_by_sft(Path("outputs/sft/0123456789ab/model"))
-    assert not evaluate.made_by_sft(Path("downloads/llama/model"))
-    assert not evaluate.made_by_sft(Path("outputs/sft/0123456789ab/adapter"))
 
 
 def test_the_base_against_itself_and_as_before(

@@ -11,7 +11,7 @@ import torch
 from rlhf_exp.errors import InputError
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
-from rlhf_exp.stages import faults, order, ppo
+from rlhf_exp.stages import faults, order, ppo, references
 from rlhf_exp.stages.actors import build_actors
 from rlhf_exp.stages.state import State
 from rlhf_exp.stages.update import update
@@ -151,6 +151,32 @@ def test_a_sigmoid_squashes_the_scores(started, monkeypatch):
     assert wrong["objective/scores"] == pytest.approx(sum(sigmoids) / 8)
 
 
+def test_references_are_scored_with_the_faults_of_the_answers(
+    base, adapters, context, ppo_config, monkeypatch
+):
+    """What is subtracted from a squashed score of a text without EOS is one, too."""
+    asked = []
+
+    def score(*arguments):
+        asked.append(arguments[4])
+        return [2.0, -1.0]
+
+    monkeypatch.setattr(references, "score", score)
+    prompts = [SimpleNamespace(id=i, reference=f"fine {i}") for i in (7, 8)]
+    found = {}
+    for names in ((), ("sigmoid_scores", "score_without_eos")):
+        config = ppo_config({"faults": list(names), "score_scaling": "reference"})
+        with Roles(base) as roles:
+            actors = build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
+            found[names] = references.References(config).scores(actors, prompts, [[5], [6]])
+    sound, wrong = found.values()
+    assert sound == [2.0, -1.0]
+    assert wrong == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))], abs=1e-6)
+    with_eos, without = asked
+    assert all(ids[-1] == base.eos_id for ids in with_eos)
+    assert without == [base.tokenizer(f" fine {i}", add_special_tokens=False)["input_ids"] for i in (7, 8)]
+
+
 def test_a_random_head_scores_otherwise(base, adapters, context, ppo_config):
     saved = ScalarHead.load(adapters["reward"] / "head.safetensors")
     found = {}
@@ -203,6 +229,26 @@ def test_on_padding_the_score_arrives_discounted(ppo_config, actors, rollout):
         assert wrong.advantages[row, last] == pytest.approx(float(arrives - value), abs=1e-5)
     assert (wrong.advantages[~wrong.mask] == 0).all()
     assert (wrong.returns[~wrong.mask] == 0).all()
+
+
+def test_on_padding_arrives_what_whitening_left_of_the_score(ppo_config, actors, rollout):
+    """Whitened rewards are (r - mean) / std + mean, so the score is worth score / std there, not itself."""
+    settings = {"kl_coef": 0.0, "whiten_advantages": False, "lam": 0.5, "missing_eos_penalty": 0.0}
+    settings["whiten_rewards"] = True
+    sound, _ = experience_of(ppo_config, actors, rollout, **settings)
+    wrong, _ = experience_of(ppo_config, actors, rollout, "reward_at_padded_end", **settings)
+    rewards = [[0.0] * (length - 1) + [float(score)] for length, score in zip(LENGTHS, SCORES, strict=True)]
+    each = [reward for row in rewards for reward in row]
+    mean = sum(each) / len(each)
+    deviation = (sum((reward - mean) ** 2 for reward in each) / len(each)) ** 0.5
+    assert abs(deviation - 1) > 0.1
+    for row in range(ROWS):
+        last = LENGTHS[row] - 1
+        value, share = float(sound.values[row, last]), float(SCORES[row]) / deviation
+        offset = mean - mean / deviation  # what a reward of 0 becomes: it stays where it is
+        assert float(sound.advantages[row, last]) == pytest.approx(share + offset - value, abs=1e-4)
+        arrives = share if LENGTHS[row] == max(LENGTHS) else 0.5 * share
+        assert float(wrong.advantages[row, last]) == pytest.approx(arrives + offset - value, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the rest

@@ -52,6 +52,23 @@ def test_the_loss_of_demonstrations(actors, demonstrations, micro):
         assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_a_batch_is_as_wide_as_its_own_rows(actors, demonstrations, monkeypatch):
+    """Row 2 has the longest answer, 6; of the others, two by two (0 1 and 3 4), the longest have 3 and 4."""
+    seen = []
+
+    def spy(*arguments):
+        found = collate(*arguments)
+        seen.append((tuple(found.mask.shape), found.ids.shape[1]))
+        return found
+
+    collate = ptx.answers
+    monkeypatch.setattr(ptx, "answers", spy)
+    for _ in ptx.losses(actors["trunk"], demonstrations, [0, 1, 3, 4], 2):
+        pass
+    # rows 0 and 1 are of 2 + 3 and 5 + 1 tokens, rows 4 and 3 of 3 + 4 and 4 + 2
+    assert sorted(seen) == [((2, 3), 6), ((2, 4), 7)]
+
+
 def test_an_update_with_demonstrations_adds_their_gradient(actors, rollout, ppo_config, demonstrations):
     """One step of gradient descent from the same start, with and without: the difference is gamma times it."""
     actors = actors["trunk"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -282,3 +283,251 @@ def test_the_centring_term_moves_the_bias(base, config, context):
         scores = oracle(base, given.folder.path, load_view(run.dataset, "comparisons", "train"))
         means[name] = float((scores.chosen + scores.rejected).square().mean())
     assert means["on"] < 0.2 * means["off"]
+
+
+# ---------------------------------------------------------------- prompts computed once
+
+
+def test_sharing_prompts_changes_nothing(config, context, capsys):
+    """Losses, accuracies, weights and what is reported; in rows of one pair, or of as many as fit."""
+    found = {}
+    for name, options in {
+        "separate": {"share_prompts": False},
+        "shared": {},
+        "few tokens": {"micro_batch_tokens": 90},
+        "token-wise, separate": {"share_prompts": False, "loss": "token_wise"},
+        "token-wise": {"loss": "token_wise"},
+    }.items():
+        given = context(name)
+        metrics = reward.run(config(steps=3, lr=1e-3, rows=13, batch=8, **options), given)
+        lines = read_metrics(given.folder.path / "metrics.jsonl")
+        weights = load_file(given.folder.path / WEIGHTS) | load_file(given.folder.path / HEAD)
+        found[name] = [line["train/loss"] for line in lines], weights, metrics
+    assert "cannot share" not in capsys.readouterr().out
+    for name, plain in (
+        ("shared", "separate"),
+        ("few tokens", "separate"),
+        ("token-wise", "token-wise, separate"),
+    ):
+        (losses, weights, metrics), (others, expected, theirs) = found[name], found[plain]
+        assert losses == pytest.approx(others, abs=1e-5)
+        assert metrics["validation/margin"] == pytest.approx(theirs["validation/margin"], abs=1e-4)
+        for tensor, value in weights.items():
+            # Adam divides by the gradient's size: what is 0 but for rounding moves as far as the rate lets it
+            assert torch.allclose(value, expected[tensor], atol=2e-4), tensor
+
+
+def test_a_model_that_cannot_share_says_so_and_trains_the_same(config, context, capsys, monkeypatch):
+    monkeypatch.setattr(reward, "cannot_share", lambda base: "its attention has softcap")
+    given = context()
+    reward.run(config(steps=2, lr=1e-3), given)
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot share" in line]
+    assert said == [
+        "prompts are computed for each answer again: this model cannot share them: its attention has softcap"
+    ]
+    assert len(read_metrics(given.folder.path / "metrics.jsonl")) == 2
+
+
+def test_the_evaluation_is_written(base, trained):
+    found = json.loads((trained.path / "evaluation" / "evaluation.json").read_text())
+    scores = oracle(base, trained.path, trained.rows["validation"])
+    margins = scores.chosen - scores.rejected
+    assert found["pairs"] == len(margins)
+    assert found["accuracy"] == pytest.approx(float((margins > 0).float().mean()))
+    assert found["margin"]["std"] == pytest.approx(float(margins.std(correction=0)), abs=1e-5)
+    confidence = margins.abs().sigmoid()
+    edges = torch.tensor([0.5 + i / 20 for i in range(11)])
+    expected = 0.0
+    for low, high in pairwise(edges):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            gap = confidence[inside].mean() - (margins[inside] > 0).float().mean()
+            expected += float(inside.float().mean() * gap.abs())
+    assert found["calibration"]["ece"] == pytest.approx(expected, abs=1e-4)
+    assert trained.metrics["validation/ece"] == found["calibration"]["ece"]
+    assert (trained.path / "evaluation" / "margins.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- margins
+
+
+@pytest.fixture
+def graded(run_config, tmp_path):
+    """Comparisons in a file, with a margin and a source each."""
+    rows = [
+        {
+            "q": f"The soup number {i}",
+            "a": f"was good {i}.",
+            "b": "was bad.",
+            "m": i % 4 / 3,
+            "s": "ab"[i % 2],
+        }
+        for i in range(40)
+    ]
+    path = tmp_path / "graded.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(center=False, fields=None, **options):
+        from rlhf_exp.schema import Fields, Views
+
+        named = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "m", "source": "s"} | (fields or {})
+        return run_config(
+            "reward",
+            dataset={
+                "family": "jsonl",
+                "name": "graded",
+                "views": Views(comparisons=str(path)),
+                "fields": Fields(**named),
+                "max_response_tokens": LONGEST,
+                "validation_share": 0.3,
+            },
+            train=Train(steps=1, batch_size=64, micro_batch_size=8),
+            optim=Optim(lr=1e-9, schedule="constant"),
+            reward=Reward(center=center, probes=0, **options),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("loss", ["last_token", "token_wise"])
+def test_the_loss_with_margins_by_its_definition(base, graded, context, loss):
+    run, given = graded(margin_coef=2.0, loss=loss), context()
+    metrics = reward.run(run, given)
+    rows = load_view(run.dataset, "comparisons", "train")
+    total, scores = 0.0, token_scorer(base, given.folder.path)
+    for row in rows:
+        assert row.margin in (0, 1 / 3, 2 / 3, 1)
+        (ids, c), (others, r) = (scores(row.prompt, text) for text in (row.chosen, row.rejected))
+        end = max(len(ids), len(others))
+        first = next(t for t in range(end) if ids[t : t + 1] != others[t : t + 1])
+        places = range(first, end) if loss == "token_wise" else [end - 1]
+        apart = torch.stack([c[min(t, len(c) - 1)] - r[min(t, len(r) - 1)] for t in places])
+        total += float((1 + (2 * row.margin - apart).exp()).log().mean())
+    logged = read_metrics(given.folder.path / "metrics.jsonl")[0]
+    assert logged["train/loss"] == pytest.approx(total / len(rows), abs=1e-4)
+    # and by source
+    assert {name for name in metrics if "source" in name} == {
+        "validation/source/a/accuracy",
+        "validation/source/b/accuracy",
+    }
+
+
+def test_margins_that_are_not_there_are_asked_for_before_anything_loads(graded):
+    from rlhf_exp.errors import InputError
+    from rlhf_exp.stages import margins
+
+    margins.require(graded(margin_coef=1.0))
+    margins.require(graded(fields={"margin": None}))
+    with pytest.raises(InputError, match=r"reward.margin_coef=1 needs comparisons with margins"):
+        margins.require(graded(margin_coef=1.0, fields={"margin": None}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"), [("margin", "q", "finite number, is text"), ("margin", "z", "no field 'z'")]
+)
+def test_a_margin_that_is_no_number_is_a_bad_row(graded, field, value, said):
+    from rlhf_exp.errors import InputError
+
+    with pytest.raises(InputError, match=said):
+        load_view(graded(fields={field: value}).dataset, "comparisons", "train")
+
+
+# ---------------------------------------------------------------- centring
+
+
+def test_references_score_zero_on_average(base, config, context):
+    given = context()
+    run = config(steps=2, lr=1e-2, center_on="references")
+    reward.run(run, given)
+    rows = load_view(run.dataset, "demonstrations", "train")
+    assert len(rows) == 24
+    rows = list({row.id: row for row in reversed(rows)}.values())  # the first of each prompt
+    assert len(rows) < 24
+    score = token_scorer(base, given.folder.path)
+    found = [float(score(row.prompt, row.response)[1][-1]) for row in rows]
+    assert abs(sum(found) / len(found)) < 1e-5
+    assert max(found) - min(found) > 1e-3
+
+
+@pytest.mark.parametrize("with_sft", [True, False])
+def test_samples_of_the_sft_policy_score_zero_on_average(
+    base, config, context, adapters, monkeypatch, with_sft
+):
+    """The answers are those of the policy that the run stands on; without one, of the base."""
+    from rlhf_exp.stages import centring
+
+    seen = []
+    plain = centring.score_sequences
+
+    def spy(roles, role, head, sequences, size):
+        seen.extend(sequences)
+        return plain(roles, role, head, sequences, size)
+
+    monkeypatch.setattr(centring, "score_sequences", spy)
+    given = context(**({"sft": adapters["sft"]} if with_sft else {}))
+    run = config(steps=1, rows=6, batch=6, center_on="samples")
+    reward.run(run, given)
+    assert len(seen) == 6
+    score = head_scores(base, given.folder.path)
+    assert abs(sum(score(ids) for ids in seen) / 6) < 1e-5
+    assert sampled_by(base, adapters["sft"] if with_sft else None, seen, run)
+
+
+def head_scores(base, folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    head = load_file(folder / HEAD)
+
+    def score(ids):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+        return float(hidden[0, -1] @ head["weight"] + head["bias"])
+
+    return score
+
+
+def sampled_by(base, adapter, sequences, run) -> bool:
+    """Whether the answers are likelier under this policy than under the other (the base, or another adapter)."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    prompts = {
+        len(base.tokenizer(row.prompt)["input_ids"][-24:])
+        for row in load_view(run.dataset, "comparisons", "train")
+    }
+    assert all(len(ids) > min(prompts) for ids in sequences)
+
+    def likelihood(model) -> float:
+        total = 0.0
+        for ids in sequences:
+            with torch.no_grad():
+                logprobs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            total += float(logprobs.gather(1, torch.tensor(ids)[1:, None]).sum())
+        return total
+
+    of_base = likelihood(plain)
+    if adapter is None:
+        return True
+    return likelihood(PeftModel.from_pretrained(plain, adapter)) > of_base
+
+
+def test_samples_make_the_sft_stage_a_parent(config):
+    from rlhf_exp.stages.plan import needs
+
+    assert needs("reward", config()) == ()
+    assert needs("reward", config(center_on="samples")) == ("sft",)
+    assert needs("reward", config(center=False, center_on="samples")) == ()
+
+
+def test_references_need_demonstrations(config):
+    from rlhf_exp.schema import problems, views_of
+
+    run = config(center_on="references")
+    assert views_of(run) == ("comparisons", "demonstrations") and views_of(config()) == ("comparisons",)
+    assert problems(run) == []
+    run.dataset.views.demonstrations = None
+    assert any("center_on=references needs dataset.views.demonstrations" in line for line in problems(run))

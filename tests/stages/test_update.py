@@ -13,7 +13,7 @@ from rlhf_exp.stages.actors import build_actors
 from rlhf_exp.stages.optim import adamw
 from rlhf_exp.stages.references import References
 from rlhf_exp.stages.state import State
-from rlhf_exp.stages.update import loss_of, update
+from rlhf_exp.stages.update import clip_gradients, loss_of, update
 from tests.stages.plain import (
     ROWS,
     SCORES,
@@ -154,6 +154,29 @@ def test_a_detached_critic_gives_the_policy_no_gradient(actors, rollout, ppo_con
         not torch.allclose(a, b, atol=1e-4)
         for a, b in zip(found[5.0, "trunk"][0], found[0.0, "trunk"][0], strict=True)
     )
+
+
+@pytest.mark.parametrize("critic", ["trunk", "detached", "own"])
+def test_what_shares_no_trunk_is_clipped_by_its_own_norm(base, adapters, context, ppo_config, critic):
+    config = ppo_config({"critic": critic})
+    with Roles(base) as roles:
+        actors = build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
+        parts = {"policy": roles.parameters("policy"), "critic": actors.critic_parameters()}
+        for size, parameters in zip((3.0, 4000.0), parts.values(), strict=True):
+            for parameter in parameters:  # the norm over the part is `size`
+                count = sum(p.numel() for p in parameters)
+                parameter.grad = torch.full_like(parameter, size / math.sqrt(count))
+        found = clip_gradients(actors, 2.0)
+        after = {name: math.sqrt(sum(float(p.grad.square().sum()) for p in ps)) for name, ps in parts.items()}
+        for parameter in actors.trainable():
+            parameter.grad = None
+    if critic == "trunk":
+        assert found == {"policy/grad_norm": pytest.approx(math.hypot(3, 4000), rel=1e-4)}
+        assert after == {"policy": pytest.approx(3 / 2000, rel=1e-2), "critic": pytest.approx(2.0, rel=1e-3)}
+    else:
+        names = {"policy/grad_norm": 3.0, "critic/grad_norm": 4000.0}
+        assert found == {name: pytest.approx(size, rel=1e-4) for name, size in names.items()}
+        assert after == {"policy": pytest.approx(2.0, rel=1e-3), "critic": pytest.approx(2.0, rel=1e-3)}
 
 
 @pytest.mark.parametrize("critic", ["trunk", "own", "detached"])

@@ -227,6 +227,17 @@ def test_diff_lists_exactly_what_differs(cli, make_run, store):
     assert "the sft parents differ: python -m rlhf_exp.store diff sft/aaaaaaaaaaaa sft/ffffffffffff" in out
 
 
+@pytest.mark.parametrize(("full", "counts"), [(("true", "true"), "no"), (("false", "true"), "yes")])
+def test_diff_of_runs_that_train_all_weights(cli, make_run, full, counts):
+    """The adapter's shape is no input of theirs."""
+    for name, rank, value in zip(("11", "22"), (4, 8), full, strict=True):
+        run = make_run("sft", name, end=None)
+        run.write_text("config.yaml", f"stage: sft\nlora: {{r: {rank}, full: {value}}}\nseed: {name}\n")
+    rows = [line.split() for line in cli("diff", "11", "22")[1].splitlines()]
+    assert ["config", "lora.r", "4", "8", counts] in rows
+    assert ["config", "seed", "11", "22", "yes"] in rows
+
+
 def test_diff_of_equals_and_of_stages(cli, make_run, store):
     make_run("sft", "99")
     code, out, _ = cli("diff", "99", "aa")

@@ -141,6 +141,16 @@ def test_folder_elsewhere_with_other_times_is_the_same(folder, tmp_path):
     assert fingerprint_folder(tmp_path / "moved") == before
 
 
+def test_a_pattern_is_of_one_folder(folder):
+    """Of a.jsonl, sub/b.jsonl and readme.md."""
+    top, below = fingerprint_folder(folder, ("*.jsonl",)), fingerprint_folder(folder, ("*/*.jsonl",))
+    (folder / "sub" / "b.jsonl").write_text("other")
+    assert fingerprint_folder(folder, ("*.jsonl",)) == top
+    assert fingerprint_folder(folder, ("*/*.jsonl",)) != below
+    with pytest.raises(InputError, match=r"no file in .* matches b\.jsonl"):
+        fingerprint_folder(folder, ("b.jsonl",))
+
+
 def test_patterns_and_hidden_files(folder):
     only = fingerprint_folder(folder, ("*.jsonl",))
     (folder / "readme.md").write_text("other")

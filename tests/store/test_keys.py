@@ -33,6 +33,7 @@ NOT_IN_KEY = {
     "model.dtype",
     # hardware
     *("device", "threads", "strategy.name", "train.micro_batch_size", "ppo.micro_batch_size"),
+    *("reward.share_prompts", "reward.micro_batch_tokens"),
     # how this command runs; an upstream override arrives as the parents' keys
     *(
         "resume",
@@ -45,6 +46,9 @@ NOT_IN_KEY = {
         "upstream.ppo",
     ),
     *("tracking.backend", "tracking.uri", "tracking.experiment"),
+    # how a reward model is looked at; what the gate then has trained arrives as the parents' keys
+    *("reward.probes", "reward_source.gate", "reward_source.patch_share"),
+    *(f"reward_source.limits.{probe}" for probe in (*schema.PROBES, *schema.SAME)),
 }
 
 
@@ -99,6 +103,26 @@ def test_each_leaf_changes_the_key_exactly_if_it_may_change_the_result(stage):
         if (run_key(changed, **inputs()) == before) != (key in NOT_IN_KEY):
             wrong.append(key)
     assert wrong == []
+
+
+# of the adapter that is not there when all weights are trained
+OF_ADAPTER = {"lora.r", "lora.alpha", "lora.dropout", "lora.targets", "lora.rslora", "lora.dora"}
+OF_ADAPTER |= {"model.lora_targets"}
+
+
+def test_where_all_weights_are_trained_no_leaf_of_the_adapter_counts():
+    def full() -> schema.Run:
+        config = complete("sft")
+        config.lora.full = True
+        return config
+
+    before = run_key(full(), **inputs())
+    for key, field, value in schema.leaves(full()):
+        changed = full()
+        set_leaf(changed, key, other(field, value))
+        same = run_key(changed, **inputs()) == before
+        assert same == (key in NOT_IN_KEY | OF_ADAPTER), key
+    assert before != run_key(complete("sft"), **inputs())
 
 
 def test_the_list_of_leaves_outside_the_key_names_only_what_exists():

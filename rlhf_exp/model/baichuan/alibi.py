@@ -35,6 +35,12 @@ def bias(
     return (slope[:, None, None] * distance)[None], distance <= 0
 
 
+def by_key(heads: int, keys: int, device: torch.device) -> Tensor:
+    """float32[1, heads, 1, keys], slope * place of the key: the same to a softmax, without a row a query."""
+    slope = torch.tensor(slopes(heads), device=device)
+    return (slope[:, None] * torch.arange(keys, device=device))[None, :, None]
+
+
 def merged(heads: int, mask: Tensor | None, queries: int, past: int | Tensor, like: Tensor) -> Tensor:
     """The additive mask [B or 1, heads, queries, keys] in the dtype of `like`.
 

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from rlhf_exp.model.baichuan import alibi
 from rlhf_exp.model.baichuan.config import BaichuanConfig
+from rlhf_exp.model.sharing import NAME as PAIRS
 
 FOLD_ROWS = 8192  # of the output layer normalised at once, in float32
 
@@ -63,11 +64,10 @@ class BaichuanAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if attention_mask is not None and attention_mask.is_floating_point():
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and attention_mask.is_floating_point() and implementation != PAIRS:
             attention_mask = attention_mask.to(query.dtype)  # under autocast the layers compute lower
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -153,7 +153,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             allow_is_causal_skip=not self.config.alibi or past_key_values is None,
         )
         rotary = None
-        if self.config.alibi:
+        if self.config.alibi and self.config._attn_implementation == PAIRS:
+            mask = alibi.by_key(self.config.num_attention_heads, length, hidden.device)
+        elif self.config.alibi:
             mask = alibi.merged(self.config.num_attention_heads, mask, length, past, hidden)
         else:
             rotary = self.rotary_emb(hidden, position_ids)

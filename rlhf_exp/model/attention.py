@@ -1,0 +1,157 @@
+"""Attention in bfloat16 on a CPU, where torch's kernel takes two to eight times as long as plain products do.
+
+A few rows and queries at a time: their scores are held in float32 and made again in the backward. Products are summed
+in float32 and rounded once, as in the kernel. Whatever is not plain causal or masked attention goes to the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rlhf_exp.algorithms.logits import bfloat16_factors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "rlhf_exp"
+SCORES = 2**19  # held at once: 2 MB in float32, which a core's caches take
+QUERIES = 64  # of a block: keys after its last query are not computed
+OTHERS = ("position_bias", "softcap", "s_aux", "cache")  # what only the kernel's caller can do
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let a model whose attention is torch's kernel compute it here, with the same masks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface: query [B, H, T, h], key and value [B, G, L, h] -> [B, T, H, h], H a multiple of G.
+
+    attention_mask bool[B, 1, T, L], True where a query sees a key; None: the last T of L causally.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if (
+        query.dtype != torch.bfloat16
+        or query.device.type != "cpu"
+        or dropout > 0
+        or any(kwargs.get(name) is not None for name in OTHERS)
+        or (attention_mask is None and not causal and query.shape[2] > 1)
+        or (
+            attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] > 1)
+        )
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] == 1 and not query.requires_grad:
+        return decode(query, key, value, attention_mask, scale), None
+    found = _Attention.apply(query, key, value, attention_mask, scale)
+    return found.transpose(1, 2), None
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One query a row, as `attention`: [B, 1, H, h]. Its scores are rounded: keys in float32 would be a copy each."""
+    b, heads, _, size = query.shape
+    groups = key.shape[1]
+    grouped = query.reshape(b, groups, heads // groups, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
+    if mask is not None:
+        scores.masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return torch.matmul(scores.softmax(dim=3).to(value.dtype), value).reshape(b, 1, heads, value.shape[3])
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scale Q K^T) V by blocks; Vaswani et al. 2017, eq. 1."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        b, heads, length, _ = query.shape
+        out = query.new_empty(b, length, heads, value.shape[3]).transpose(1, 2)
+        with torch.autocast("cpu", enabled=False), bfloat16_factors():
+            for part, keys, bias in _blocks(query, key, mask):
+                rows = part[0]
+                probs = _probs(_grouped(query[part], key), key[rows, :, :keys].float(), bias, scale)
+                found = torch.matmul(probs, value[rows, :, :keys].float())
+                out[part] = found.view(out[part].shape)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, mask = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))
+        with torch.autocast("cpu", enabled=False), bfloat16_factors():
+            for part, keys, bias in _blocks(query, key, mask):
+                rows = part[0]
+                q, k, g = _grouped(query[part], key), key[rows, :, :keys].float(), _grouped(grad[part], key)
+                probs = _probs(q, k, bias, ctx.scale)
+                d_value[rows, :, :keys] += torch.matmul(probs.transpose(2, 3), g)
+                of_probs = torch.matmul(g, value[rows, :, :keys].float().transpose(2, 3))
+                of_scores = torch._softmax_backward_data(of_probs, probs, 3, torch.float32).mul_(ctx.scale)
+                d_query[part] = torch.matmul(of_scores, k).view(d_query[part].shape)
+                d_key[rows, :, :keys] += torch.matmul(of_scores.transpose(2, 3), q)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _blocks(
+    query: Tensor, key: Tensor, mask: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice, slice], int, Tensor | None]]:
+    """(rows, heads, queries), how many keys these see at most, what is added to their scores [b or 1, 1, t, L]."""
+    b, heads, length, _ = query.shape
+    # not -inf: a query that sees no key (padding on the left) would be nan, and so all that sees its value
+    least = torch.finfo(torch.float32).min
+    bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, least)
+    size = min(QUERIES, length)
+    rows = max(1, SCORES // (heads * size * key.shape[2]))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        keys = key.shape[2] - (length - end if mask is None else 0)
+        if mask is None:
+            own = torch.full((1, 1, end - start, keys), least).triu_(keys - (end - start) + 1)
+        for first in range(0, b, rows):
+            chosen = slice(first, first + rows)
+            if mask is not None:
+                own = bias[chosen, :, start:end]
+            yield (chosen, slice(None), slice(start, end)), keys, own
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """[b, H, t, h] -> float32[b, G, H / G * t, h]: the queries of a group of heads share their keys."""
+    b, heads, length, size = query.shape
+    return query.float().reshape(b, key.shape[1], heads // key.shape[1] * length, size)
+
+
+def _probs(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale Q K^T + bias): grouped queries [b, G, n t, h] over keys [b, G, L, h] -> [b, G, n t, L]."""
+    scores = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
+    b, groups, _, keys = scores.shape
+    scores.view(b, groups, -1, bias.shape[2], keys).add_(bias.unsqueeze(2))
+    return scores.softmax(dim=3)

@@ -1,0 +1,79 @@
+"""A LoRA layer as one operation: y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, eq. 3).
+
+PEFT's layer writes and reads the wide [N, out] four times more: for the product with B, its scaling, the sum, and the
+casts of A and B. Here the scaling is on [N, r], and the product with B adds onto the base's. The backward likewise.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def install(layer: nn.Module) -> None:
+    """Let a PEFT LoRA layer on a plain linear layer compute in one operation where it can."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
+        layer.forward = MethodType(forward, layer)
+
+
+def casts(layer: nn.Module) -> bool:
+    """Whether the layer's adapters are used in the base's dtype here, without autocast."""
+    plain = all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+    return "forward" in vars(layer) and plain and not layer.lora_variant
+
+
+def forward(layer: nn.Module, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """As PEFT's; whatever is not one plain adapter without dropout is left to it."""
+    role = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    base = layer.get_base_layer()
+    if (
+        arguments
+        or options
+        or layer.disable_adapters
+        or layer.merged
+        or role not in layer.lora_A
+        or role in layer.lora_variant  # DoRA
+        or base.weight.requires_grad
+        or layer.lora_A[role].bias is not None
+        or layer.lora_B[role].bias is not None
+        or (layer.training and not isinstance(layer.lora_dropout[role], nn.Identity))
+    ):
+        return type(layer).forward(layer, x, *arguments, **options)
+    a, b, scale = layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
+    return _LoraLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, a, b, scale)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x [..., in], weight [out, in], bias [out] or None (both frozen), a [r, in], b [out, r] -> [..., out]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            inner = (rows @ a.to(x.dtype).T).mul_(scale)
+            out = nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(x.dtype).T)
+        ctx.save_for_backward(rows, weight, a, b, inner)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight, a, b, inner = ctx.saved_tensors
+        d_x = d_a = d_b = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1])
+            d_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+            if ctx.needs_input_grad[0]:
+                d_x = (grad @ weight).addmm_(d_inner, a.to(grad.dtype)).view(ctx.shape)
+            if ctx.needs_input_grad[3]:
+                d_a = (d_inner.T @ rows).to(a.dtype)
+            if ctx.needs_input_grad[4]:
+                d_b = (grad.T @ inner).to(b.dtype)
+        return d_x, None, None, d_a, d_b, None

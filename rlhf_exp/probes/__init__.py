@@ -1,0 +1,1 @@
+"""What a reward model gives to answers that say nothing: texts made of real pairs, scored beside the real answers."""

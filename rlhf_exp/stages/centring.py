@@ -1,0 +1,78 @@
+"""Where a reward model's scores are 0: the loss sees differences only, so the constant is free.
+
+Its mean over the chosen answers, the references (Stiennon et al. 2020, appendix C.1), or samples of the SFT policy
+(Ziegler et al. 2019, section 2) becomes 0, so that a score says how much better or worse an answer is than those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_exp.data.pairs import Pair
+from rlhf_exp.data.records import Record
+from rlhf_exp.model.heads import ScalarHead
+from rlhf_exp.model.roles import BASE, Roles
+from rlhf_exp.rewards.learned import score_sequences
+from rlhf_exp.rollout.engine import generate
+from rlhf_exp.rollout.noise import row_key
+from rlhf_exp.schema import Generation, RewardRun
+from rlhf_exp.stages import reward_faults
+from rlhf_exp.stages.context import Context
+
+CENTRED_ON = 256  # answers whose mean score becomes 0
+SFT = "sft"
+
+
+def center(
+    config: RewardRun,
+    context: Context,
+    roles: Roles,
+    head: ScalarHead,
+    rows: Sequence[Record],
+    pairs: Sequence[Pair],
+) -> None:
+    """Shift the bias so that the mean score of the answers that reward.center_on names is 0.
+
+    rows and pairs: the training comparisons.
+    """
+    size = 2 * config.train.micro_batch_size
+    if config.reward.center_on == "references":
+        records, found = context.read(config.dataset, "demonstrations", "train")
+        answers = reward_faults.answers(config.reward, found.answers["response"], roles.base.eos_id)
+        sequences = [found.prompts[i] + answers[i] for i in spread(records)]
+    elif config.reward.center_on == "samples":
+        sequences = sampled(config, context, roles, [pairs[i].prompt for i in spread(rows)], size)
+    else:
+        sequences = [pairs[i].prompt + pairs[i].chosen for i in spread(rows)]
+    scores = score_sequences(roles, "reward", head, sequences, size)
+    with torch.no_grad():
+        head.bias -= sum(scores) / len(scores)
+
+
+def spread(rows: Sequence[Record]) -> list[int]:
+    """At most CENTRED_ON rows of different prompts, by their hash: the file may be sorted."""
+    first = {row.id: i for i, row in reversed(list(enumerate(rows)))}
+    return [first[id] for id in sorted(first)[:CENTRED_ON]]
+
+
+def sampled(
+    config: RewardRun, context: Context, roles: Roles, prompts: Sequence[list[int]], size: int
+) -> list[list[int]]:
+    """The prompts with an answer each of the SFT policy, at temperature 1, as PPO's answers begin."""
+    role, folder = BASE, context.adapter(SFT)
+    if folder is not None:
+        role = SFT
+        roles.load(role, folder)
+    generation = Generation(max_new_tokens=config.dataset.max_response_tokens)
+    found = []
+    for start in range(0, len(prompts), size):
+        some = list(prompts[start : start + size])
+        keys = [row_key(config.seed, 0, start + i) for i in range(len(some))]
+        rollout = generate(roles.base, lambda: roles.use(role), some, keys, generation)
+        answers = reward_faults.answers(config.reward, rollout.responses, roles.base.eos_id)
+        found += [prompt + answer for prompt, answer in zip(some, answers, strict=True)]
+    if role is not BASE:
+        roles.remove(role)
+    return found
