@@ -95,52 +95,66 @@ class _Attention(torch.autograd.Function):
         b, heads, length, _ = query.shape
         out = query.new_empty(b, length, heads, value.shape[3]).transpose(1, 2)
         with torch.autocast("cpu", enabled=False), bfloat16_factors():
-            for part, keys, bias in _blocks(query, key, mask):
-                rows = part[0]
-                probs = _probs(_grouped(query[part], key), key[rows, :, :keys].float(), bias, scale)
-                found = torch.matmul(probs, value[rows, :, :keys].float())
-                out[part] = found.view(out[part].shape)
+            for rows, blocks in _blocks(query, key, mask):
+                keys, values = key[rows].float(), value[rows].float()
+                for part, seen, bias in blocks:
+                    probs = _probs(_grouped(query[part], key), keys[:, :, :seen], bias, scale)
+                    out[part] = torch.matmul(probs, values[:, :, :seen]).view(out[part].shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, mask = ctx.saved_tensors
-        d_query = torch.empty_like(query)
-        d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         with torch.autocast("cpu", enabled=False), bfloat16_factors():
-            for part, keys, bias in _blocks(query, key, mask):
-                rows = part[0]
-                q, k, g = _grouped(query[part], key), key[rows, :, :keys].float(), _grouped(grad[part], key)
-                probs = _probs(q, k, bias, ctx.scale)
-                d_value[rows, :, :keys] += torch.matmul(probs.transpose(2, 3), g)
-                of_probs = torch.matmul(g, value[rows, :, :keys].float().transpose(2, 3))
-                of_scores = torch._softmax_backward_data(of_probs, probs, 3, torch.float32).mul_(ctx.scale)
-                d_query[part] = torch.matmul(of_scores, k).view(d_query[part].shape)
-                d_key[rows, :, :keys] += torch.matmul(of_scores.transpose(2, 3), q)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+            for rows, blocks in _blocks(query, key, mask):
+                keys, values = key[rows].float(), value[rows].float()
+                d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+                for part, seen, bias in blocks:
+                    q, k, g = _grouped(query[part], key), keys[:, :, :seen], _grouped(grad[part], key)
+                    probs = _probs(q, k, bias, ctx.scale)
+                    d_values[:, :, :seen] += torch.matmul(probs.transpose(2, 3), g)
+                    of_probs = torch.matmul(g, values[:, :, :seen].transpose(2, 3))
+                    of_scores = torch._softmax_backward_data(of_probs, probs, 3, torch.float32).mul_(
+                        ctx.scale
+                    )
+                    d_query[part] = torch.matmul(of_scores, k).view(d_query[part].shape)
+                    d_keys[:, :, :seen] += torch.matmul(of_scores.transpose(2, 3), q)
+                d_key[rows], d_value[rows] = d_keys, d_values
+        return d_query, d_key, d_value, None, None
+
+
+Part = tuple[slice, slice, slice]  # rows, heads, queries
 
 
 def _blocks(
     query: Tensor, key: Tensor, mask: Tensor | None
-) -> Iterator[tuple[tuple[slice, slice, slice], int, Tensor | None]]:
-    """(rows, heads, queries), how many keys these see at most, what is added to their scores [b or 1, 1, t, L]."""
+) -> Iterator[tuple[slice, list[tuple[Part, int, Tensor]]]]:
+    """A few rows at a time, and their blocks of queries: how many keys a block sees at most, and what is added to its
+    scores [b or 1, 1, t, L]."""
     b, heads, length, _ = query.shape
     # not -inf: a query that sees no key (padding on the left) would be nan, and so all that sees its value
     least = torch.finfo(torch.float32).min
-    bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, least)
     size = min(QUERIES, length)
-    rows = max(1, SCORES // (heads * size * key.shape[2]))
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        keys = key.shape[2] - (length - end if mask is None else 0)
-        if mask is None:
-            own = torch.full((1, 1, end - start, keys), least).triu_(keys - (end - start) + 1)
-        for first in range(0, b, rows):
-            chosen = slice(first, first + rows)
-            if mask is not None:
-                own = bias[chosen, :, start:end]
-            yield (chosen, slice(None), slice(start, end)), keys, own
+    at_once = max(1, SCORES // (heads * size * key.shape[2]))
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    starts, seen = (
+        range(0, length, size),
+        [key.shape[2] - (length - end if mask is None else 0) for end in ends],
+    )
+    if mask is None:
+        bias = [
+            torch.full((1, 1, end - start, keys), least).triu_(keys - (end - start) + 1)
+            for start, end, keys in zip(starts, ends, seen, strict=True)
+        ]
+    for first in range(0, b, at_once):
+        rows = slice(first, first + at_once)
+        if mask is not None:
+            added = torch.zeros(mask[rows].shape).masked_fill_(~mask[rows], least)
+            bias = [added[:, :, start:end] for start, end in zip(starts, ends, strict=True)]
+        parts = [(rows, slice(None), slice(start, end)) for start, end in zip(starts, ends, strict=True)]
+        yield rows, list(zip(parts, seen, bias, strict=True))
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
