@@ -34,7 +34,6 @@ from rlhf_exp.tracking import NullTracker
 from tests.stages.plain import make_rollout
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VIEWS = Views(*["builtin:reviews"] * 3)
 
 
 def tiny(dtype: str = "float32") -> Model:
@@ -47,7 +46,7 @@ def reviews(**values: Any) -> Dataset:
         **{
             "name": "reviews",
             "family": "reviews",
-            "views": VIEWS,
+            "views": Views(*["builtin:reviews"] * 3),
             "max_prompt_tokens": 24,
             "max_response_tokens": 16,
             **values,
