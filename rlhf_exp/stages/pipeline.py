@@ -22,7 +22,7 @@ from rlhf_exp.store import atomic, states
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
 from rlhf_exp.store.runs import FAILED, KILLED, PREFIX, RunFolder, find, run_folder
-from rlhf_exp.tracking import Tracker, open_tracker, require_store, tracked
+from rlhf_exp.tracking import Tracker, open_tracker, require_store, resend, tracked
 
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
@@ -136,7 +136,9 @@ def experiment(todo: Plan) -> Iterator[Tracker | None]:
         yield None
         return
     name = config.run_name or f"{config.stage} {todo.target.key[:6]}"
-    tags = {"stage": config.stage}
+    tags = {"stage": config.stage, "key": todo.target.key}
+    if config.resume != "never":
+        tags["folder"] = str(Path(config.output_dir).absolute())
     tracker = open_tracker(config.tracking, config.output_dir, name, tags, run_id=earlier)
     if tracker.run_id:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +172,7 @@ def settle(node: Node, todo: Plan) -> None:
         if run_id := record.get("mlflow_run_id"):
             name = f"{node.name} {node.key[:6]}"
             with tracked(open_tracker(config.tracking, config.output_dir, name, run_id=run_id)) as own:
+                resend(folder.path, own)
                 upload(folder, own)
             if own.run_id is None:  # tracking=none now: another time
                 return

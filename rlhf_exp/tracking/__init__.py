@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_exp.schema import Tracking
 from rlhf_exp.tracking.location import how_to_open, tracking_uri
 from rlhf_exp.tracking.null import NullTracker
-from rlhf_exp.tracking.runlog import RunLog, read_lines, read_metrics
+from rlhf_exp.tracking.runlog import RunLog, read_lines, read_metrics, resend
 from rlhf_exp.tracking.tracker import Tracker, tracked
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "read_lines",
     "read_metrics",
     "require_store",
+    "resend",
     "tracked",
     "tracking_uri",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +33,32 @@ _TABLES_TAG = "mlflow.loggedArtifacts"  # the UI's list of artifacts to show as 
 
 
 def create_run(client: Any, experiment_id: str, name: str, tags: Mapping[str, object]) -> Any:
-    """A new run with the tags that the UI shows as user and source."""
+    """A new run with the tags that the UI shows as user and source; or the one that a killed process left empty.
+
+    MLflow chooses the id, so a process that is killed before it notes the id leaves a run that nobody knows. Tags
+    with a `folder`, which only one process at a time may write, say whose it is.
+    """
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
         user = "unknown"
     ours = {"mlflow.user": user, "mlflow.source.name": "rlhf_exp", "mlflow.source.type": "LOCAL", **tags}
-    return client.create_run(experiment_id, run_name=name, tags=_texts(ours, values.TAG_LENGTH))
+    texts = _texts({**ours, "host": platform.node()}, values.TAG_LENGTH)
+    if "folder" in tags and (left := _left_empty(client, experiment_id, texts)):
+        for key, text in texts.items():
+            client.set_tag(left.info.run_id, key, text, synchronous=True)
+        return left
+    return client.create_run(experiment_id, run_name=name, tags=texts)
+
+
+def _left_empty(client: Any, experiment_id: str, tags: Mapping[str, str]) -> Any | None:
+    """The newest run of this folder on this machine that runs, and into which nothing was written."""
+    wanted = f"tags.key = '{tags['key']}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment_id], wanted):
+        same = all(run.data.tags.get(name) == tags[name] for name in ("folder", "host", "stage"))
+        if same and not run.data.params and not run.data.metrics:
+            return run
+    return None
 
 
 def existing(client: Any, run_id: str) -> Any | None:

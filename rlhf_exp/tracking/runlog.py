@@ -137,6 +137,18 @@ class RunLog:
         self.close()
 
 
+def resend(folder: Path, tracker: Tracker) -> None:
+    """Tell the tracker all that a finished run logged: its process was killed with some of it unsent.
+
+    What the store has already, it keeps once (see mlflow_tracker).
+    """
+    for line in read_metrics(folder / METRICS):
+        step = line.pop("step")
+        tracker.metrics({key: value for key, value in line.items() if value is not None}, step)
+    if rows := list(read_lines(folder / SAMPLES))[-SAMPLE_ROWS:]:
+        tracker.table("samples", rows)
+
+
 def read_lines(path: Path | str) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file; none if there is no file, and not a last line that was never finished."""
     path = Path(path)

@@ -98,7 +98,8 @@ def runs(output: Path) -> list[tuple]:
                 "SELECT r.name, r.status, (SELECT p.name FROM runs p JOIN tags t ON t.value = p.run_uuid WHERE "
                 "t.run_uuid = r.run_uuid AND t.key = 'mlflow.parentRunId'), (SELECT COUNT(*) FROM params p WHERE "
                 "p.run_uuid = r.run_uuid) FROM runs r"
-            ).fetchall()
+            ).fetchall(),
+            key=str,
         )
 
 
@@ -214,7 +215,8 @@ def test_the_run_that_joins_the_stages_goes_on_too(tmp_path, database, drive):
     whole = stage.reference()
     assert [(status, parent) for _, status, parent, _ in whole["runs"]].count(("FINISHED", None)) == 1
     ends = [i for i, kind in enumerate(stage.events) if kind == "mlflow"]
-    kills = [*points(stage.events, 3, seed=1), ends[-1], ends[-2], ends[-1] - 1, len(stage.events) - 1]
+    last = (ends[-1], ends[-2], ends[-1] - 1, len(stage.events) - 1)
+    kills = sorted({*points(stage.events, 3, seed=1), *last})
     stage.prepare(*(f"at{kill}" for kill in kills))
     jobs = [job for kill in kills for job in (stage.job(f"at{kill}", kill), stage.job(f"at{kill}"))]
     assert drive(jobs) == [-signal.SIGKILL, 0] * len(kills)

@@ -116,6 +116,28 @@ def test_children_carry_their_parent(tracker, store, output_dir) -> None:
     assert store.run(tracker.run_id).data.metrics == {}
 
 
+def test_a_run_whose_id_nobody_noted_is_taken_up(tracker, store, output_dir) -> None:
+    """Its process was killed between making the run and writing its id. Others' runs are left alone."""
+    tags = {"stage": "sft", "key": "ab12", "folder": "/o/sft/ab12"}
+    left = open_tracker(Tracking(), output_dir, "sft", tags).run_id  # and killed here
+    other = open_tracker(Tracking(), output_dir, "sft", {**tags, "folder": "/elsewhere/sft/ab12"}).run_id
+    key = tracker.child("sft", {**tags, "key": "cd34"}).run_id
+    nowhere = open_tracker(Tracking(), output_dir, "sft", {"stage": "sft", "key": "ab12"}).run_id
+    again = tracker.child("sft", tags)
+    assert len({left, other, key, nowhere}) == 4
+    assert again.run_id == left
+    assert store.run(left).data.tags["mlflow.parentRunId"] == tracker.run_id
+    again.params({"seed": 0})
+    assert tracker.child("sft", tags).run_id != left  # something is in it: its id is in the run folder
+
+
+def test_a_run_of_this_folder_on_another_machine_is_left_alone(output_dir, monkeypatch) -> None:
+    tags = {"stage": "sft", "key": "ab12", "folder": "/o/sft/ab12"}
+    left = open_tracker(Tracking(), output_dir, "sft", tags).run_id
+    monkeypatch.setattr("platform.node", lambda: "another")
+    assert open_tracker(Tracking(), output_dir, "sft", tags).run_id != left
+
+
 def test_tables_are_mlflows_own_and_the_last_one_counts(tracker, store, monkeypatch) -> None:
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", tracker.uri

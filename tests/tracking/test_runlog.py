@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.tracking import NullTracker, RunLog, read_lines, read_metrics
+from rlhf_exp.tracking import NullTracker, RunLog, read_lines, read_metrics, resend
 from rlhf_exp.tracking import runlog as module
 
 
@@ -205,3 +205,18 @@ def test_what_has_arrived_is_not_sent_again_to_the_same_run(tmp_path: Path) -> N
     for tracker, steps in ((again, [4]), (other, [1, 2, 3, 4])):
         RunLog(tmp_path, tracker, hold=True, position=position).close()
         assert [step for step, _ in told(tracker)] == steps
+
+
+def test_a_finished_run_is_told_whole_again(tmp_path: Path) -> None:
+    with RunLog(tmp_path, Remembers()) as log:
+        log.step(1, {"a": 1.0, "no": None})
+        log.step(2, {"a": math.nan})
+        log.samples(2, [{"response": "of 2"}])
+    tracker = Remembers()
+    resend(tmp_path, tracker)
+    (_, one, first), (_, two, second), table = tracker.said
+    assert (one, first, two) == (1, {"a": 1.0}, 2)
+    assert math.isnan(second["a"])
+    assert table == ("table", "samples", [{"step": 2, "response": "of 2"}])
+    resend(tmp_path / "empty", untold := Remembers())
+    assert untold.said == []
