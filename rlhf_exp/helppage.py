@@ -149,7 +149,7 @@ def reference() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "Made from `rlhf_exp/schema.py` by `python -m rlhf_exp.helppage > docs/config.md`; do not edit.",
+        "Made from `rlhf_exp/schema/` by `python -m rlhf_exp.helppage > docs/config.md`; do not edit.",
         "Defaults are those of the schema; an option of a group or a stage (`conf/`) may set others: `--cfg",
         "job` shows them. *Stored*: the value is part of the store key, that is, it can change a result.",
     ]

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import MISSING
 
 from rlhf_exp import schema
-from rlhf_exp.fields import group, leaf
+from rlhf_exp.fields import group, leaf, leaves
 from rlhf_exp.store.keys import canonical, key_document, run_key
 
 # Written by hand, not read from the schema: what a user may change and still get the same artifact.
@@ -97,7 +97,7 @@ def set_leaf(config: Any, key: str, value: Any) -> None:
 def test_each_leaf_changes_the_key_exactly_if_it_may_change_the_result(stage):
     before = run_key(complete(stage), **inputs())
     wrong = []
-    for key, field, value in schema.leaves(complete(stage)):
+    for key, field, value in leaves(complete(stage)):
         changed = complete(stage)
         set_leaf(changed, key, other(field, value))
         if (run_key(changed, **inputs()) == before) != (key in NOT_IN_KEY):
@@ -117,7 +117,7 @@ def test_where_all_weights_are_trained_no_leaf_of_the_adapter_counts():
         return config
 
     before = run_key(full(), **inputs())
-    for key, field, value in schema.leaves(full()):
+    for key, field, value in leaves(full()):
         changed = full()
         set_leaf(changed, key, other(field, value))
         same = run_key(changed, **inputs()) == before
@@ -126,7 +126,7 @@ def test_where_all_weights_are_trained_no_leaf_of_the_adapter_counts():
 
 
 def test_the_list_of_leaves_outside_the_key_names_only_what_exists():
-    names = {key for stage in schema.RUNS for key, _, _ in schema.leaves(complete(stage))}
+    names = {key for stage in schema.RUNS for key, _, _ in leaves(complete(stage))}
     assert names >= NOT_IN_KEY
 
 
