@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_exp import __version__
@@ -157,8 +158,10 @@ def task(config: Any) -> float | None:
         if trial:
             print(f"trial {node.job.num}: {' '.join(node.overrides.task)}", flush=True)
         from rlhf_exp.stages import pipeline
+        from rlhf_exp.stages.trial import inside
 
-        return pipeline.run(run, choices)
+        with inside(Path(node.runtime.output_dir) if trial else None):
+            return pipeline.run(run, choices)
     except InputError:
         raise
     except Exception:

@@ -30,11 +30,14 @@ ROOT = "config"
 # what an upstream stage takes over from the run that needs it, as far as both have it
 INHERITED = ("model", "lora", "strategy", "tracking", "seed", "output_dir", "resume", "device", "threads")
 INHERITED += ("adapters", "upstream")
+SCORERS = (schema.GOLD, schema.LABELLER)  # reward models that have settings of their own
 GOLD_SEED = 1000  # added to the seed of the gold scorer: past any ensemble's
 TEMPLATE = "dataset/template"
 COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
 UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
-POLICY = ("ppo", "generation", "reward_source", "eval")
+FOR_A_MODEL = ("model", "lora", "strategy")  # groups of config.yaml that not every stage has
+POLICY = ("ppo", "generation", "reward_source", "eval", "prefer", "judge")
+FROM = "dataset.comparisons_from"
 # lines of Hydra's and OmegaConf's messages that do not say what is wrong
 ADVICE = ("Available options", "Config search path", "Search path", "See http", "To append to")
 TYPES = ("object_type=", "reference_type=")
@@ -104,8 +107,15 @@ def compose(given: Sequence[str]) -> tuple[schema.Run, dict[str, str]]:
 
 
 def opened(given: Sequence[str]) -> list[str]:
-    """The overrides as Hydra wants them: keys below `upstream.<stage>` are free, and need its `++`."""
-    return [f"++{line.lstrip('+')}" if line.lstrip("+").startswith("upstream.") else line for line in given]
+    """The overrides as Hydra wants them.
+
+    Keys below `upstream.<stage>` are free, and need its `++`; groups of config.yaml that the stage does not have (a
+    report has no model) are taken out by its `~`.
+    """
+    lines = [f"++{line.lstrip('+')}" if line.lstrip("+").startswith("upstream.") else line for line in given]
+    stage = next((line.removeprefix("stage=") for line in given if line.startswith("stage=")), None)
+    groups = FOR_A_MODEL if stage in schema.RUNS else ()
+    return lines + [f"~{group}" for group in groups if not conftree.has_group(stage, group)]
 
 
 def load(given: Sequence[str]) -> DictConfig:
@@ -194,8 +204,9 @@ def upstream(
     """The config of a stage that `parent` needs: its defaults, then what flows, then `upstream.<stage>`.
 
     role: the stage, or one of several of the same stage: `reward_1` and so on differ from `reward` in the seed only,
-    `gold` in the seed and in what `upstream.gold` sets on top of `upstream.reward`. half: of the comparisons, unless
-    those say which.
+    `gold` in the seed and in what `upstream.gold` sets on top of `upstream.reward`, `labeller` likewise. half: of the
+    comparisons, unless those say which. What stands before any labels of stage=prefer (gold, labeller, round 0) has
+    the data's own comparisons.
 
     Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
     view that the stage reads (else one must be chosen); to ppo and eval also what they share with a ppo or
@@ -204,10 +215,14 @@ def upstream(
     start with `upstream.<stage>: `.
     """
     stage = schema.stage_of(role)
-    name = role if role == schema.GOLD else stage  # of its settings
+    name = role if role in SCORERS else stage  # of its settings
     with session():
         given = _given(name, parent)
-        view = schema.VIEW[stage]
+        if role in SCORERS or role.endswith(".0") or stage == "prefer":  # what comes before any labels
+            given.values[FROM] = schema.DATA
+        source = schema.DATA if "dataset" in given.options else parent.dataset.comparisons_from
+        labelled = given.values.get(FROM, source) == schema.PREFER
+        view = "prompts" if labelled and schema.VIEW[stage] == "comparisons" else schema.VIEW[stage]
         has_view = bool(given.values.get(f"dataset.views.{view}", getattr(parent.dataset.views, view)))
         if not has_view and "dataset" not in given.options:
             raise InputError(
@@ -243,8 +258,8 @@ def _template_of_run(parent: schema.Run, choices: dict[str, str]) -> schema.Temp
 
 
 def _given(name: str, parent: schema.Run) -> overrides.Settings:
-    """What `upstream.<name>` sets; for the gold scorer on top of what the reward model is set to."""
-    names = ("reward", name) if name == schema.GOLD else (name,)
+    """What `upstream.<name>` sets; for gold scorer and labeller on top of what the reward model is set to."""
+    names = ("reward", name) if name in SCORERS else (name,)
     found = overrides.Settings()
     for each in names:
         given = overrides.settings(schema.stage_of(each), getattr(parent.upstream, each, {}), tree())
@@ -268,6 +283,9 @@ def _flowing(stage: str, parent: schema.Run, has_view: bool) -> list[str]:
         names += POLICY
         if stage == "ppo":
             names += ["optim", "selfcheck"]
+    if isinstance(parent, schema.PPORun) and stage == "prefer":
+        # not `judge`: the pipeline's is of its evaluation, and shall not be the one that labels
+        names += ["prefer", "generation"]
     if isinstance(parent, schema.EvalRun) and stage == "ppo":
         names.append("reward_source")  # what is evaluated as reward is what it was trained on
     theirs = {f.name for f in fields(parent)} & {f.name for f in fields(schema.RUNS[stage])}

@@ -27,6 +27,7 @@ TYPES = {
     "str": "text",
     "list[str]": "a list such as [a,b]",
     "list[float]": "a list of numbers such as [0.5,1]",
+    "Any": "text or a list such as [a,b]",
     "dict[str, Any]": "settings such as {train: {steps: 10}}",
 }
 

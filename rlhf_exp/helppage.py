@@ -87,8 +87,16 @@ def _title(group: str, tree: conftree.Tree) -> str:
         notes.append(f"default {default}")
     stages = [stage for stage in schema.STAGES if conftree.has_group(stage, group)]
     if len(stages) < len(schema.STAGES):
-        notes.append(f"stages {', '.join(stages)}")
+        notes.append(_of(stages))
     return _bold(f"{group}=...") + (f"  ({'; '.join(notes)})" if notes else "")
+
+
+def _of(stages: Sequence[str]) -> str:
+    """`stages ppo, eval`; `all stages but report`."""
+    others = [stage for stage in schema.STAGES if stage not in stages]
+    if not others:
+        return "all stages"
+    return f"all stages but {', '.join(others)}" if len(others) == 1 else f"stages {', '.join(stages)}"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
@@ -121,8 +129,9 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
-    if isinstance(value, str) and (not value or value != value.strip()):
-        return f'"{value}"'
+    if isinstance(value, str):
+        text = value.replace("\n", "\\n")
+        return f'"{text}"' if not value or value != value.strip() else text
     return str(value)
 
 
@@ -155,7 +164,7 @@ def reference() -> str:
     ]
     for section, rows in sections.items():
         stages = next(iter(rows.values()))[1]
-        where = "all stages" if len(stages) == len(schema.STAGES) else f"stages {', '.join(stages)}"
+        where = _of(stages)
         lines += [
             "",
             f"## {section or 'Every run'}",

@@ -77,6 +77,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._end:
+            return
         self._end = "done" if kind is None else "stopped"
         if self._live is not None:
             self._live.stop()
@@ -99,6 +101,10 @@ class Progress:
                 self._widths[label] = max(self._widths.get(label, 0), len(figure))  # columns that do not jump
         if self._live is None and self._due(now):
             self._print_line()
+
+    def finish(self) -> None:
+        """All steps are done, though the stage is not: what follows may show a progress of its own."""
+        self.__exit__(None, None, None)
 
     def note(self, text: str) -> None:
         """A line of text above the bar."""

@@ -19,7 +19,7 @@ from rlhf_exp import cli, compose, conftree, helppage, stages, sweep
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.paths import conf_dir
 
-STAGES = "there are sft, reward, probe, ppo, ilql, eval, export and pipeline"
+STAGES = "there are sft, prefer, reward, probe, ppo, ilql, dpo, kto, eval, export, report and pipeline"
 
 
 def options(group: str, last: str = "and") -> str:
@@ -28,7 +28,7 @@ def options(group: str, last: str = "and") -> str:
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
-NO_STAGE = f"no stage: add stage=sft, reward, probe, ppo, ilql, eval, export or pipeline, or experiment={options('experiment', 'or')}"
+NO_STAGE = f"no stage: add stage=sft, prefer, reward, probe, ppo, ilql, dpo, kto, eval, export, report or pipeline, or experiment={options('experiment', 'or')}"
 
 
 class Pipeline(types.ModuleType):
@@ -90,7 +90,7 @@ BAD = [
     # what another stage has
     (["stage=sft", "ppo.kl_coef=0.1"], ["stage sft has no key ppo.kl_coef; ppo and pipeline have it"]),
     (["stage=sft", "ppo=default"], ["stage sft has no group ppo; ppo and pipeline have it"]),
-    (["stage=reward", "generation=sample"], ["stage reward has no group generation; ppo, ilql, eval and pipeline have it"]),
+    (["stage=reward", "generation=sample"], ["stage reward has no group generation; prefer, ppo, ilql, eval and pipeline have it"]),
     (["stage=sft", "reward.center=false"], ["stage sft has no key reward.center; reward has it"]),
     # around the schema
     (["stage=ppo", "+ppo.foo=1"], ["unknown key ppo.foo"]),
@@ -504,7 +504,7 @@ def test_the_help_page_names_every_option(run, words):
         for option, path in options.items():
             place = 1 if group == "experiment" else 0
             assert f"{option} {' '.join(conftree.comments(path)[place].split())}" in flat
-    assert "model=... (default smollm2_135m)" in flat
+    assert "model=... (default smollm2_135m; all stages but report)" in flat
     assert "reward_source=... (default learned; stages ppo, ilql, eval, pipeline)" in flat
 
 

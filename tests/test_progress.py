@@ -54,6 +54,29 @@ def test_plain_lines_come_first_last_and_every_ten_seconds() -> None:
     assert out.getvalue().splitlines()[-1] == "ppo 100/100  1:40  done"
 
 
+def test_what_has_finished_says_nothing_more() -> None:
+    progress, out, clock = plain(3, ())
+    with pytest.raises(RuntimeError), progress:
+        for step in (1, 2, 3):
+            clock.now += 1
+            progress.update(step, {})
+        progress.finish()
+        clock.now += 60
+        raise RuntimeError
+    assert out.getvalue().splitlines() == ["ppo 1/3  0:01  eta 0:02", "ppo 3/3  0:03  done"]
+
+
+def test_a_bar_that_has_finished_is_off_the_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress("reward", 1, console=console) as progress:
+        progress.update(1, {})
+        assert "\x1b[?25h" not in console.file.getvalue()
+        progress.finish()
+        assert "\x1b[?25h" in console.file.getvalue()  # the cursor is back
+        drawn = console.file.getvalue()
+    assert console.file.getvalue() == drawn
+
+
 def test_an_early_end_prints_where_it_ended() -> None:
     progress, out, clock = plain(100, ())
     with progress:

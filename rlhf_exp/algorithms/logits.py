@@ -31,10 +31,16 @@ class OutputLayer:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        self._made_of = (weight, weight._version, dtype)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(torch.promote_types(dtype, torch.float32))
         self._half = dtype in (torch.bfloat16, torch.float16)
         self._wide = self.weight.float() if self._half and not weight.is_cuda else None
+
+    def is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether this was made of this weight, which nobody has changed since, for this dtype."""
+        made, version, ours = self._made_of
+        return made is weight and version == weight._version and ours == dtype
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def linear_logprobs(
     repetition: Repetition | None = None,
     entropy_gradient: bool = False,
     entropy: bool = True,
+    layer: OutputLayer | None = None,
 ) -> LinearLogprobs:
     """log softmax((hidden @ weight.T + bias) / temperature)[target], renormalised on the kept tokens.
 
@@ -83,6 +84,7 @@ def linear_logprobs(
     True, (bool[N, S], ids) each where its own column is; `repetition` penalises the logits before the
     temperature, with the tokens before each position. Logits (logits.py) and softmax are in float32 or wider, the
     gradient in the dtype of `hidden`. `chunk_size` positions are worked on at once, by default `rows_at_once`.
+    `layer`: the output layer of this weight and bias, where it was made before (Base.output).
 
     The output layer is frozen and each log-prob receives one number from above, so its gradient d logp / d
     hidden = ((onehot - p) * d logits' / d logits) @ weight / temperature is complete in the forward: it is
@@ -119,6 +121,10 @@ def linear_logprobs(
         )
     if chunk_size is None:
         chunk_size = rows_at_once(weight)
+    if layer is None:
+        layer = OutputLayer(weight, bias, hidden.dtype)
+    elif not layer.is_of(weight, hidden.dtype):
+        raise ValueError("layer was made of another weight, or for another dtype")
     # Inside a Function's forward gradients are always off, so this can only be asked here.
     with_gradient = hidden.requires_grad and torch.is_grad_enabled()
     weight = weight.to(hidden.dtype)
@@ -126,7 +132,7 @@ def linear_logprobs(
         *_LinearLogprobs.apply(
             hidden,
             weight,
-            bias,
+            layer,
             targets,
             temperature,
             support,
@@ -146,7 +152,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx,
         hidden,
         weight,
-        bias,
+        layer,
         targets,
         temperature,
         support,
@@ -164,7 +170,6 @@ class _LinearLogprobs(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if with_gradient else None
         of_entropy = torch.empty_like(hidden) if entropy_gradient else None
         supports = support.split(chunk_size) if support is not None else None
-        layer = OutputLayer(weight, bias, hidden.dtype)
         for i, start in enumerate(range(0, len(hidden), chunk_size)):
             rows = slice(start, start + chunk_size)
             target = targets[rows].unsqueeze(1)

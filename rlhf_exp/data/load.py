@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data import sources
+from rlhf_exp.data import labels, sources
 from rlhf_exp.data.records import (
     SPLITS,
     BadRow,
@@ -111,7 +111,7 @@ def _name(dataset: Dataset, view: str) -> tuple[str, str]:
     """The config key that says where a view is, and its value."""
     if view not in VIEWS:
         raise ValueError(f"no view {view!r}, there are {', '.join(VIEWS)}")
-    _rows_to_records(dataset, view)
+    _rows_to_records(labels.read_as(dataset, view), view)
     key, name = f"dataset.views.{view}", getattr(dataset.views, view)
     if not name:
         raise InputError(f"{key} is not set: dataset {dataset.name} does not say where its {view} are")
@@ -130,6 +130,7 @@ def fingerprint(dataset: Dataset, view: str) -> str:
 
 def _source(dataset: Dataset, view: str) -> sources.Source:
     key, name = _name(dataset, view)
+    dataset = labels.read_as(dataset, view)
     if generate := getattr(_module(dataset), "GENERATE", None):
         return sources.Generated(dataset.family, tuple(json.dumps(row) for row in generate(dataset)))
     return sources.open_source(key, name, dataset.revision, dataset.name)
@@ -199,6 +200,7 @@ def statistics(dataset: Dataset, view: str) -> Statistics:
 
 def _view(dataset: Dataset, view: str) -> tuple[tuple[Record, ...], int, Mapping[str, int]]:
     key, name = _name(dataset, view)
+    dataset = labels.read_as(dataset, view)
     return _read(key, name, _source(dataset, view), _ToRecords(dataset, view), dataset.on_bad_row == "skip")
 
 

@@ -87,6 +87,7 @@ class _Point(NamedTuple):
     name: str
     label: str
     step: float
+    run: str
     x: float
     y: float
     error: float  # half of the 95 % interval, 0 where it is not known
@@ -97,9 +98,16 @@ class _Point(NamedTuple):
         if x is None or y is None:
             return None
         step = outcome.finite(policy, "step") or 0
-        label = f"{step:g}" if step else outcome.title(policy)
+        run = str(policy.get("run") or "")
+        label = f"{step:g}" if step and not run else outcome.title(policy)
         return cls(
-            policy["name"], label, step, x, y, 1.96 * (outcome.finite(policy["metrics"], f"{key}_se") or 0)
+            policy["name"],
+            label,
+            step,
+            run,
+            x,
+            y,
+            1.96 * (outcome.finite(policy["metrics"], f"{key}_se") or 0),
         )
 
 
@@ -107,12 +115,13 @@ def _frontier(
     points: list[_Point], start: str, colour: str
 ) -> tuple[Callable[[Axes], None], Callable[[Axes], None]]:
     """The two steps of drawing: points with their bars and the line in order of training; then the labels."""
-    path = sorted((p for p in points if p.step or p.name == start), key=lambda p: p.step)
-    line = [(p.x, p.y) for p in path]
+    runs = dict.fromkeys(p.run for p in points if p.step) or {"": None}
+    paths = [sorted((p for p in points if _on(p, run, start)), key=lambda p: p.step) for run in runs]
+    lines = [[(p.x, p.y) for p in path] for path in paths if path]
     places, errors = [(p.x, p.y) for p in points], [p.error for p in points]
 
     def draw(axes: Axes) -> None:
-        if line:
+        for line in lines:
             axes.plot(*zip(*line, strict=True), color=colour, lw=1.4, alpha=0.55, zorder=2)
         xs, ys = zip(*places, strict=True)
         if any(errors):
@@ -125,9 +134,21 @@ def _frontier(
             axes.set_xlim(-0.07 * (widest or 1), 1.09 * (widest or 1))
 
     def label(axes: Axes) -> None:
-        place(axes, places, errors, [p.label for p in points], line, THEME["ink"])
+        place(
+            axes,
+            places,
+            errors,
+            [p.label for p in points],
+            [corner for line in lines for corner in line],
+            THEME["ink"],
+        )
 
     return draw, label
+
+
+def _on(point: _Point, run: str, start: str) -> bool:
+    """Whether a point is on the line of a run, which begins at the policy called `start`."""
+    return point.name == start or (point.step > 0 and point.run == run)
 
 
 def _curve_panel(curve: Curve, steps: np.ndarray, values: np.ndarray) -> Panel:

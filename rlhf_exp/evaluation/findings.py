@@ -12,7 +12,7 @@ SHORTER, SAMER = 0.5, 0.6  # below these shares of the baseline's length and dis
 
 
 def verdict(found: Sequence[outcome.Policy]) -> str:
-    """From the baseline to the last checkpoint: the gold score (else reward), KL, length, empty answers."""
+    """From the baseline to the last policy: the gold score (else reward), KL, length, empty answers."""
     before, after = outcome.baseline(found), outcome.last(found)
     if before is after:
         return f"Only {before['name']} was evaluated, so there is nothing to compare it with."
@@ -24,7 +24,8 @@ def verdict(found: Sequence[outcome.Policy]) -> str:
 
 
 def _score(before: outcome.Policy, after: outcome.Policy) -> str:
-    start = f"After {after['step']:g} PPO steps"
+    steps = outcome.number(after, "step")
+    start = f"After {steps:g} PPO steps" if steps and not after.get("run") else f"With {after['name']}"
     for key in ("gold", "reward"):
         values = [outcome.finite(policy["metrics"], key) for policy in (before, after)]
         difference = outcome.change(before, after, key)
@@ -78,7 +79,9 @@ def warnings(found: Sequence[outcome.Policy], curves: Sequence[Mapping[str, Any]
     best = outcome.best(found, outcome.BY_KEY["gold"])
     if best is not None and _clearly_better(best, after):
         value = outcome.write(outcome.finite(best["metrics"], "gold"), ".2f")
-        lines.append(f"The best gold score, {value}, is that of {best['name']}, not of the last checkpoint.")
+        lines.append(
+            f"The best gold score, {value}, is that of {best['name']}, not of {outcome.called(after)}."
+        )
     return lines
 
 
@@ -104,7 +107,7 @@ def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:
             "overoptimisation). An earlier checkpoint or a higher ppo.kl_coef is better."
         )
     if pair("empty_rate")[1] > 0:
-        lines.append(f"{pair('empty_rate')[1]:.1%} of the last checkpoint's answers are empty.")
+        lines.append(f"{pair('empty_rate')[1]:.1%} of {outcome.called(after)}'s answers are empty.")
     old, new = pair("length")
     if new < SHORTER * old:
         lines.append(f"Answers shrank to {new / old:.0%} of {outcome.title(before)}'s length.")
@@ -115,6 +118,6 @@ def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:
         )
     if pair("eos_rate")[1] < 0.5:
         lines.append(
-            "Most answers of the last checkpoint were cut off at the limit (generation.max_new_tokens)."
+            f"Most answers of {outcome.called(after)} were cut off at the limit (generation.max_new_tokens)."
         )
     return lines

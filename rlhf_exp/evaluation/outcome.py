@@ -9,9 +9,11 @@
               "metrics": {"answers": 128, "prompts": 64, "reward": .., "reward_se": .., ..}}}
 
 The first policy called `sft`, else the first, is the baseline. A policy whose step is null (an average) was never
-what trained. `<metric>_se` is a standard error; `gain` (optional) is the difference from the baseline with its
-interval. `data` (optional) is the data's own answers: a row to compare with, no policy. Anything may be missing: a
-metric that is not there shows as a dash, one that is not a number as `nan`.
+what trained; `run` (optional) tells apart the runs of which policies are checkpoints. `judge` (optional) says by whom
+and against which policy win rates are: {"by": "the reward model", "against": "sft"}. `<metric>_se` is a standard
+error; `gain` (optional) is the difference from the baseline with its interval. `data` (optional) is the data's own
+answers: a row to compare with, no policy. Anything may be missing: a metric that is not there shows as a dash, one
+that is not a number as `nan`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,15 @@ METRICS = (
     ),
     Metric("reward", "Reward", "reward", "", ".2f", "Mean score by what the policy was trained on.", True),
     Metric(
+        "win_rate",
+        "Win rate",
+        "wins",
+        "",
+        ".0%",
+        "Share of answers that the judge prefers; a tie is half.",
+        True,
+    ),
+    Metric(
         "greedy_gold",
         "Greedy gold score",
         "greedy",
@@ -65,10 +76,31 @@ METRICS = (
         for greedy in ("", "greedy_")
         for kind, what in (("1", "words"), ("2", "word pairs"), ("L", "the longest common subsequence"))
     ),
+    Metric(
+        "relevance", "Relevance", "relev.", "", ".2f", "Cosine of answer and prompt by a sentence encoder."
+    ),
+    Metric(
+        "reference_relevance",
+        "Relevance to reference",
+        "relev.",
+        "ref.",
+        ".2f",
+        "Cosine of answer and reference by a sentence encoder.",
+        terminal=False,
+    ),
     Metric("kl", "KL", "KL", "nats", ".1f", "KL divergence from the first policy, summed over an answer."),
     Metric("length", "Length", "length", "tokens", ".1f", "Mean length of an answer, without EOS."),
     Metric(
         "distinct_2", "Distinct-2", "dist-2", "", ".2f", "Share of token pairs that differ; low is sameness."
+    ),
+    Metric(
+        "repetition",
+        "Repetition",
+        "rep.",
+        "",
+        ".2f",
+        "Share of runs of four tokens that came before in the answer.",
+        terminal=False,
     ),
     Metric("empty_rate", "Empty", "empty", "", ".0%", "Answers without a visible character."),
     Metric("eos_rate", "Ended", "ended", "", ".0%", "Answers that ended by themselves before the limit."),
@@ -146,9 +178,23 @@ def trained(found: Sequence[Policy]) -> list[Policy]:
 
 
 def last(found: Sequence[Policy]) -> Policy:
-    """The last PPO checkpoint, or the baseline if there is none."""
+    """The last PPO checkpoint; of several runs, or none, the last policy that is listed, if only the baseline."""
     checkpoints = trained(found)
-    return checkpoints[-1] if checkpoints else baseline(found)
+    if len({policy.get("run") for policy in checkpoints}) == 1:
+        return checkpoints[-1]
+    others = [policy for policy in found if policy is not baseline(found)]
+    return others[-1] if others else baseline(found)
+
+
+def called(policy: Policy) -> str:
+    """What a sentence about the policy at the end calls it."""
+    return "the last checkpoint" if number(policy, "step") and not policy.get("run") else str(policy["name"])
+
+
+def against(evaluation: Mapping[str, Any]) -> str:
+    """The name of the policy that win rates are against."""
+    judge = evaluation.get("judge") or {}
+    return str(judge.get("against") or baseline(policies(evaluation))["name"])
 
 
 def measured(found: Sequence[Policy]) -> list[Metric]:

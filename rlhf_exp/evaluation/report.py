@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.evaluation import figures, findings, outcome, render, samples
+from rlhf_exp.evaluation import figures, findings, outcome, render, reward_section, samples, win_figures
 from rlhf_exp.evaluation.markup import Content, Html, tag
 
 HEADER = (
@@ -30,13 +30,15 @@ def write_report(
     evaluation: Mapping[str, Any],
     curves: Sequence[Mapping[str, Any]],
     facts: Mapping[str, str],
+    rewards: Sequence[reward_section.RewardModel] = (),
 ) -> list[Path]:
-    """Write report.html, frontier.png, training.png and optimiser.png to `folder`; returns what was written.
+    """Write report.html, frontier.png, training.png, optimiser.png, wins.png to `folder`; returns what was written.
 
     evaluation: the content of eval.json (its form: outcome.py). curves: the rows of the PPO run's
     metrics.jsonl, possibly none. facts: shown in their order, `model`, `dataset`, `held-out prompts` and
     `duration` under the title too; those whose name has the word `command` are set as code; `mlflow` is the
-    command or address that shows the runs. A figure without any data is not written.
+    command or address that shows the runs. rewards: the models whose scores are the reward. A figure without any
+    data is not written.
     Raises ValueError for an evaluation without policies.
     """
     found = outcome.policies(evaluation)
@@ -49,8 +51,10 @@ def write_report(
     body = [
         _header(title, evaluation, curves, facts),
         _frontier(frontier, found),
+        win_figures.section(evaluation),
         _curves(training, optimiser, curves),
         _table(evaluation),
+        reward_section.section(rewards),
         samples.section(evaluation),
         _facts(facts),
     ]
@@ -63,6 +67,8 @@ def write_report(
     ):
         if panels:
             written.append(render.write_png(folder / f"{name}.png", panels, columns, size))
+    if wins := win_figures.panel(evaluation):
+        written.append(render.write_png(folder / "wins.png", [wins], 1, win_figures.size(evaluation)))
     return written
 
 
@@ -93,9 +99,10 @@ def _header(
     shown = [metric for metric in outcome.measured(found) if metric.key != "eos_rate"]
     yield tag("div", [_tile(metric, before, after) for metric in shown], cls="tiles")
     if before is not after:
+        last = ", the last checkpoint" if outcome.number(after, "step") else ""
         yield tag(
             "p",
-            f"{after['name']}, the last checkpoint, against {before['name']}. {_how_sure(after)}",
+            f"{after['name']}{last}, against {before['name']}. {_how_sure(after)}",
             cls="note",
         )
 
@@ -114,7 +121,12 @@ def _tile(metric: outcome.Metric, before: outcome.Policy, after: outcome.Policy)
         tag("div", metric.label, cls="name"),
         tag("div", value, tag("small", f" {metric.unit}") if metric.unit else None, cls="value"),
     ]
-    if before is not after:
+    if metric.key == "win_rate":
+        ends = [outcome.finite(after["metrics"], f"win_rate_{end}") for end in ("low", "high")]
+        lines.append(tag("div", "50% is no difference", cls="from"))
+        if None not in ends:
+            lines.append(tag("div", tag("span", "{:.0%} to {:.0%}".format(*ends), cls="range"), cls="from"))
+    elif before is not after:
         start = outcome.signed(outcome.write(outcome.number(before["metrics"], metric.key), metric.spec))
         lines.append(tag("div", f"{before['name']} {start}", cls="from"))
         lines.append(tag("div", _change(metric, before, after), cls="from"))

@@ -54,6 +54,17 @@ def summary_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def table_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All figures of the policies and the data, a row each, with the same columns: for a tracker's table."""
+    found = outcome.rows(evaluation)
+    columns = dict.fromkeys(name for row in found for name in row["metrics"])
+    return [
+        {"policy": row["name"], "step": row.get("step")}
+        | {name: row["metrics"].get(name) for name in columns}
+        for row in found
+    ]
+
+
 def _width(rows: Iterable[outcome.Policy], metrics: Iterable[outcome.Metric]) -> int:
     """Columns of the terminal that the summary of these metrics takes, a star at every score."""
     rows = list(rows)

@@ -65,7 +65,9 @@ def measure(
     return {
         "length": sum(lengths) / len(lengths),
         "length_min": float(min(lengths)),
+        "distinct_1": distinct_n(tokens, 1),
         "distinct_2": distinct_n(tokens, 2),
+        "distinct_3": distinct_n(tokens, 3),
         "repetition": repetition(tokens),
         "empty_rate": empty_rate(texts),
         "eos_rate": sum(map(bool, ended)) / len(ended),

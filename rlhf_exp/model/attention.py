@@ -1,7 +1,8 @@
 """Attention in bfloat16 on a CPU, where torch's kernel takes two to eight times as long as plain products do.
 
-A few rows and queries at a time: their scores are held in float32 and made again in the backward. Products are summed
-in float32 and rounded once, as in the kernel. Whatever is not plain causal or masked attention goes to the kernel.
+A few rows and queries at a time, in float32 from the scores to the output, which is rounded once; the kernel rounds
+probabilities and slopes, too. Short texts' probabilities are kept for the backward, others are made again. Whatever
+is not plain causal or masked attention goes to the kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "rlhf_exp"
-SCORES = 2**19  # held at once: 2 MB in float32, which a core's caches take
-QUERIES = 64  # of a block: keys after its last query are not computed
+SCORES = 2**18  # worked on at once: 1 MB in float32, which a core's caches take
+QUERIES = 128  # of a block: keys after its last query are not computed
+KEPT = 2**22  # probabilities of a layer that are kept for its backward: 16 MB
 OTHERS = ("position_bias", "softcap", "s_aux", "cache")  # what only the kernel's caller can do
 
 
@@ -75,11 +77,14 @@ def attention(
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """One query a row, as `attention`: [B, 1, H, h]. Its scores are rounded: keys in float32 would be a copy each."""
+    """One query a row, as `attention`: [B, 1, H, h]. Its scores are rounded: keys in float32 would be a copy each.
+
+    K Q^T and not Q K^T, which takes 2.5 times as long where Q is one row.
+    """
     b, heads, _, size = query.shape
     groups = key.shape[1]
     grouped = query.reshape(b, groups, heads // groups, size)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
+    scores = torch.matmul(key, grouped.transpose(2, 3)).transpose(2, 3).float().mul_(scale)
     if mask is not None:
         scores.masked_fill_(~mask, torch.finfo(torch.float32).min)
     return torch.matmul(scores.softmax(dim=3).to(value.dtype), value).reshape(b, 1, heads, value.shape[3])
@@ -90,37 +95,40 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scale):
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
         b, heads, length, _ = query.shape
+        keep = any(ctx.needs_input_grad) and b * heads * length * key.shape[2] <= KEPT
         out = query.new_empty(b, length, heads, value.shape[3]).transpose(1, 2)
+        kept = []
         with torch.autocast("cpu", enabled=False), bfloat16_factors():
             for rows, blocks in _blocks(query, key, mask):
                 keys, values = key[rows].float(), value[rows].float()
                 for part, seen, bias in blocks:
                     probs = _probs(_grouped(query[part], key), keys[:, :, :seen], bias, scale)
                     out[part] = torch.matmul(probs, values[:, :, :seen]).view(out[part].shape)
+                    kept += [probs] if keep else []
+        ctx.save_for_backward(query, key, value, mask, *kept)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, *kept = ctx.saved_tensors
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        done = iter(kept)
         with torch.autocast("cpu", enabled=False), bfloat16_factors():
             for rows, blocks in _blocks(query, key, mask):
                 keys, values = key[rows].float(), value[rows].float()
-                d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+                d_keys = d_values = None
                 for part, seen, bias in blocks:
                     q, k, g = _grouped(query[part], key), keys[:, :, :seen], _grouped(grad[part], key)
-                    probs = _probs(q, k, bias, ctx.scale)
-                    d_values[:, :, :seen] += torch.matmul(probs.transpose(2, 3), g)
+                    probs = next(done) if kept else _probs(q, k, bias, ctx.scale)
+                    d_values = _sum(d_values, torch.matmul(probs.transpose(2, 3), g))
                     of_probs = torch.matmul(g, values[:, :, :seen].transpose(2, 3))
-                    of_scores = torch._softmax_backward_data(of_probs, probs, 3, torch.float32).mul_(
-                        ctx.scale
-                    )
+                    of_scores = torch._softmax_backward_data(of_probs, probs, 3, torch.float32)
+                    of_scores.mul_(ctx.scale)
                     d_query[part] = torch.matmul(of_scores, k).view(d_query[part].shape)
-                    d_keys[:, :, :seen] += torch.matmul(of_scores.transpose(2, 3), q)
+                    d_keys = _sum(d_keys, torch.matmul(of_scores.transpose(2, 3), q))
                 d_key[rows], d_value[rows] = d_keys, d_values
         return d_query, d_key, d_value, None, None
 
@@ -132,7 +140,7 @@ def _blocks(
     query: Tensor, key: Tensor, mask: Tensor | None
 ) -> Iterator[tuple[slice, list[tuple[Part, int, Tensor]]]]:
     """A few rows at a time, and their blocks of queries: how many keys a block sees at most, and what is added to its
-    scores [b or 1, 1, t, L]."""
+    scores [b or 1, 1, t, L]. The last queries come first: they see all keys."""
     b, heads, length, _ = query.shape
     # not -inf: a query that sees no key (padding on the left) would be nan, and so all that sees its value
     least = torch.finfo(torch.float32).min
@@ -154,13 +162,21 @@ def _blocks(
             added = torch.zeros(mask[rows].shape).masked_fill_(~mask[rows], least)
             bias = [added[:, :, start:end] for start, end in zip(starts, ends, strict=True)]
         parts = [(rows, slice(None), slice(start, end)) for start, end in zip(starts, ends, strict=True)]
-        yield rows, list(zip(parts, seen, bias, strict=True))
+        yield rows, list(zip(parts, seen, bias, strict=True))[::-1]
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
     """[b, H, t, h] -> float32[b, G, H / G * t, h]: the queries of a group of heads share their keys."""
     b, heads, length, size = query.shape
     return query.float().reshape(b, key.shape[1], heads // key.shape[1] * length, size)
+
+
+def _sum(total: Tensor | None, found: Tensor) -> Tensor:
+    """Adds [b, G, l, h], of the first l keys, to what later queries gave to all of them."""
+    if total is None:
+        return found
+    total[:, :, : found.shape[2]] += found
+    return total
 
 
 def _probs(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_exp.algorithms.logits import OutputLayer
 
 # what a model's folder must give for `load_base`; also what its content hash covers
 TOKENIZER = (
@@ -50,6 +52,7 @@ class Base:
     hash: str
     dtype: torch.dtype
     device: torch.device
+    _output: OutputLayer | None = field(default=None, repr=False, compare=False)
 
     @property
     def eos_id(self) -> int:
@@ -83,6 +86,15 @@ class Base:
         """Weight [V, d] and bias [V] or None of the projection to the vocabulary."""
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
+
+    def output(self, dtype: torch.dtype) -> OutputLayer:
+        """The output layer for hidden states of this dtype; what it has to convert is converted once."""
+        from rlhf_exp.algorithms.logits import OutputLayer
+
+        weight, bias = self.output_layer
+        if self._output is None or not self._output.is_of(weight, dtype):
+            self._output = OutputLayer(weight, bias, dtype)
+        return self._output
 
 
 def resolve(model: Model, *, download: bool = False) -> Path | None:
@@ -215,11 +227,13 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
     """
     import torch
 
-    from rlhf_exp.model import attention, fused, loading, quantize, shapes
+    from rlhf_exp.model import attention, fused, loading, pages, quantize, shapes
     from rlhf_exp.model.quiet import no_progress_bars
 
     device = resolve_device(device)
     quantize.require(model, device)
+    if device == "cpu":
+        pages.keep_freed()
     folder = path or resolve(model, download=True)
     dtype = getattr(torch, resolve_dtype(model.dtype, device))
     if not model.from_scratch and any(folder.glob(BIN[0])) and not any(folder.glob(WEIGHTS[0])):

@@ -1,11 +1,12 @@
 """A LoRA layer as one operation: y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, eq. 3).
 
 PEFT's layer writes and reads the wide [N, out] four times more: for the product with B, its scaling, the sum, and the
-casts of A and B. Here the scaling is on [N, r], and the product with B adds onto the base's. The backward likewise.
+casts of A and B. Here the product with B adds onto the base's, scaled. The backward likewise.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -46,7 +47,26 @@ def forward(layer: nn.Module, x: Tensor, *arguments: Any, **options: Any) -> Ten
     ):
         return type(layer).forward(layer, x, *arguments, **options)
     a, b, scale = layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
-    return _LoraLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, a, b, scale)
+    x = x.to(base.weight.dtype)
+    if not torch.is_grad_enabled():  # each decoded token: what autograd costs would be a tenth of it
+        return _compute(x, base.weight, base.bias, a, b, scale)[0].view(*x.shape[:-1], -1)
+    return _LoraLinear.apply(x, base.weight, base.bias, a, b, scale)
+
+
+def _compute(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [N, out] of x [..., in] as N rows, these rows, and x A^T [N, r]."""
+    with _no_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ a.to(x.dtype).T
+        out = nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(x.dtype).T, alpha=scale)
+    return out, rows, inner
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -54,10 +74,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
-            inner = (rows @ a.to(x.dtype).T).mul_(scale)
-            out = nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(x.dtype).T)
+        out, rows, inner = _compute(x, weight, bias, a, b, scale)
         ctx.save_for_backward(rows, weight, a, b, inner)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], out.shape[1])
@@ -67,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight, a, b, inner = ctx.saved_tensors
         d_x = d_a = d_b = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad):
             grad = grad.reshape(-1, grad.shape[-1])
             d_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
@@ -75,5 +92,5 @@ class _LoraLinear(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 d_a = (d_inner.T @ rows).to(a.dtype)
             if ctx.needs_input_grad[4]:
-                d_b = (grad.T @ inner).to(b.dtype)
+                d_b = (grad.T @ inner).to(b.dtype).mul_(ctx.scale)
         return d_x, None, None, d_a, d_b, None

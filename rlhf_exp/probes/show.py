@@ -172,7 +172,7 @@ def _lengths(report: Report) -> Panel:
             x = [row[f"{name}_tokens"] for row in report["real"]]
             y = [row[name] for row in report["real"]]
             axes.scatter(x, y, s=16, color=THEME[colour], alpha=0.7, linewidths=0, label=name, zorder=2)
-        axes.legend(frameon=False, fontsize=10, loc="best")
+        axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=THEME["muted"])
 
     r = report["length"]["answers"]["r"]
     unit = "real answers" + ("" if r is None else f", r = {r:+.2f}")

@@ -25,10 +25,11 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean
 from rlhf_exp.rewards import relevance, rules, user
 from rlhf_exp.rewards.parts import readable
-from rlhf_exp.schema import LEARNED, EvalRun, ILQLRun, PPORun, RandomWalks, Run
+from rlhf_exp.schema import LEARNED, EvalRun, ILQLRun, PPORun, PreferRun, RandomWalks, Run, rules_of
 
 Texts = Sequence[str]
-NONE = "none"  # of eval.gold and reward_source.gold
+NONE = "none"  # of eval.gold, reward_source.gold, eval.judge
+JUDGES = ("gold", "model")  # of eval.judge besides learned and rules
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def _of(spec: str, key: str = "reward_source.function") -> tuple[Function, str]:
     if name not in FUNCTIONS:
         # where a reward model can stand too
         known = [*FUNCTIONS, *([LEARNED] if key != "reward_source.function" else [])]
+        known += JUDGES if key == "eval.judge" else ()
         hint = did_you_mean(name, known) or f"; choose one of {', '.join(known)}"
         if "." in spec:
             hint = f"; a function of your own is python:{spec}"
@@ -136,15 +138,18 @@ def _named(name: str) -> Iterator[None]:
 
 
 def of_config(config: Run) -> dict[str, str]:
-    """{key: spec} of the functions that a run of ppo, ilql or eval scores with."""
+    """{key: spec} of the functions that a run of ppo, ilql, eval or prefer scores with."""
+    if isinstance(config, PreferRun):
+        return rules_of(config.prefer)
     if not isinstance(config, PPORun | ILQLRun | EvalRun):
         return {}
     found = {part.key: part.spec for part in readable(config.reward_source)[0]}
     if isinstance(config, EvalRun):
-        found["eval.gold"] = config.eval.gold
+        found |= {"eval.gold": config.eval.gold, "eval.judge": config.eval.judge}
     else:
         found["reward_source.gold"] = config.reward_source.gold
-    models = {"reward_source.function": ()}  # where `learned` would be a rule of that name
+    # what is no rule; of reward_source.function `learned` would be a rule of that name
+    models = {"reward_source.function": (), "eval.judge": (LEARNED, NONE, *JUDGES)}
     return {key: spec for key, spec in found.items() if spec not in models.get(key, (LEARNED, NONE))}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,15 +22,25 @@ def last_token_scores(
 
 @torch.no_grad()
 def score_sequences(
-    roles: Roles, role: str | None, head: ScalarHead, sequences: Sequence[Sequence[int]], size: int
+    roles: Roles,
+    role: str | None,
+    head: ScalarHead,
+    sequences: Sequence[Sequence[int]],
+    size: int,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> list[float]:
-    """Scores of whole sequences (prompt + answer + EOS, as the reward model was trained), `size` at a time."""
+    """Scores of whole sequences (prompt + answer + EOS, as the reward model was trained), `size` at a time.
+
+    tell: is told how many are done so far.
+    """
     device, pad_id = roles.base.device, roles.base.pad_id
-    scores = [0.0] * len(sequences)
+    scores, done = [0.0] * len(sequences), 0
     for rows in _chunks(sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i)), size):
         ids, lengths = (x.to(device) for x in right_pad([sequences[i] for i in rows], pad_id))
         for i, score in zip(rows, last_token_scores(roles, role, head, ids, lengths).tolist(), strict=True):
             scores[i] = score
+        done += len(rows)
+        tell(done)
     return scores
 
 

@@ -8,6 +8,7 @@ such means will do.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT = "minilm"  # of rlhf_exp.fetch
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BATCH = 64  # texts a forward
 
 
@@ -43,6 +45,44 @@ def locate(folder: str) -> Path:
     return path
 
 
+def find(encoder: str, download: bool = False) -> Path | None:
+    """The folder of `minilm`, of a folder or of a hub id, which is None where it is not here and not to be fetched.
+
+    Raises InputError for anything else.
+    """
+    if encoder == DEFAULT:
+        return locate("")
+    if Path(encoder).expanduser().is_dir() or not HUB_ID.fullmatch(encoder):
+        return locate(encoder)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "1_Pooling/*"]
+    for local in (True, False)[: 1 + download]:
+        try:
+            folder = Path(snapshot_download(encoder, local_files_only=local, allow_patterns=wanted))
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                return locate(str(folder))
+        except InputError:
+            raise
+        except Exception as error:  # the hub library's several ways to say "not there"
+            if not local:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise InputError(
+                    f"{encoder} is not on this machine and could not be downloaded ({reason})"
+                ) from error
+    if download:
+        raise InputError(f"{encoder} has no config.json or no safetensors")
+    return None
+
+
+def fingerprint(encoder: str) -> str:
+    """What stands for an encoder in a store key."""
+    from rlhf_exp.model.base import content_hash
+
+    folder = find(encoder)
+    return f"hub:{encoder}" if folder is None else content_hash(folder)
+
+
 def score(folder: str, prompts: Sequence[str], responses: Sequence[str], device: str) -> list[float]:
     """Cosine similarity of each prompt and its response, -1 to 1; 0 where one of them is empty."""
     encoder = _load(locate(folder), device)
@@ -52,6 +92,17 @@ def score(folder: str, prompts: Sequence[str], responses: Sequence[str], device:
         float(vectors[prompt] @ vectors[response]) if prompt.strip() and response.strip() else 0.0
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+
+
+def measure(
+    folder: str, prompts: Sequence[str], references: Sequence[str | None], answers: Sequence[str], device: str
+) -> dict[str, float]:
+    """Mean cosine of the answers and their prompts, and of those that have a reference and that."""
+    found = {"relevance": score(folder, prompts, answers, device)}
+    pairs = [(r, a) for r, a in zip(references, answers, strict=True) if r is not None]
+    if pairs:
+        found["reference_relevance"] = score(folder, *zip(*pairs, strict=True), device)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def encode(encoder: Encoder, texts: Sequence[str]) -> list[Tensor]:

@@ -31,9 +31,10 @@ class Rollout(NamedTuple):
 
     Where a stop text ended an answer, EOS follows it: the reward model then finds EOS where its training had it.
     That EOS is no choice of the policy, so its log-prob is 0 under every role and it is the only token of its kept
-    set: the ratio is 1 there, the KL 0, the gradient 0. The stop's own tokens were chosen and stay among the
-    responses; what is scored or read is `judged`, without them. A stop text that only the last of max_new_tokens
-    completes leaves no room for EOS: that answer was cut off, like any other whose EOS did not come.
+    set: the ratio is 1 there, the KL 0, the gradient 0, and PPO counts it in no mean (`Answers.steps`). The stop's
+    own tokens were chosen and stay among the responses; what is scored or read is `judged`, without them. A stop
+    text that only the last of max_new_tokens completes leaves no room for EOS: that answer was cut off, like any
+    other whose EOS did not come.
     """
 
     prompts: list[list[int]]

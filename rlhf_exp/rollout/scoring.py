@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algorithms.kl import full_kl
-from rlhf_exp.algorithms.logits import OutputLayer, rows_at_once
+from rlhf_exp.algorithms.logits import rows_at_once
 from rlhf_exp.algorithms.logprob import LinearLogprobs, linear_logprobs
 from rlhf_exp.algorithms.repetition import Repetition
 from rlhf_exp.algorithms.support import Support
@@ -39,6 +39,14 @@ class Answers(NamedTuple):
     first: Tensor  # int64[N], how many answer tokens precede each
     support: Support | None
     chosen: Tensor | None = None  # bool[N], False at an EOS that a stop text put there; None: all are samples
+
+    @property
+    def steps(self) -> Tensor:
+        """bool[b, T], True at the tokens that the policy chose: `mask` without an EOS that a stop text put there.
+
+        There is one in every row: a stop text has a token.
+        """
+        return self.mask if self.chosen is None else self.mask.masked_scatter(self.mask, self.chosen)
 
 
 def answers(rollout: Rollout, rows: Sequence[int], base: Base) -> Answers:
@@ -85,9 +93,9 @@ def hidden_before(roles: Roles, role: str | None, batch: Answers) -> Tensor:
     return roles.trunk(role, batch.ids)[batch.before]
 
 
-def chosen(hidden: Tensor, batch: Answers) -> Tensor:
-    """Of `hidden` [N, d] the positions whose token the policy chose: all but an EOS after a stop text."""
-    return hidden if batch.chosen is None else hidden[batch.chosen]
+def chosen(x: Tensor, batch: Answers) -> Tensor:
+    """Of `x` [N, ...] the positions whose token the policy chose: all but an EOS after a stop text."""
+    return x if batch.chosen is None else x[batch.chosen]
 
 
 def answer_logprobs(
@@ -130,10 +138,9 @@ def _chosen_logprobs(
     entropy: bool,
 ) -> LinearLogprobs:
     weight, bias = base.output_layer
+    wanted = {"entropy_gradient": entropy_gradient, "entropy": entropy, "layer": base.output(hidden.dtype)}
     if generation.logprob_mode == "raw":
-        return linear_logprobs(
-            hidden, weight, bias, batch.targets, entropy_gradient=entropy_gradient, entropy=entropy
-        )
+        return linear_logprobs(hidden, weight, bias, batch.targets, **wanted)
     suppressed, repetition = None, None
     limits = forbidden(generation, base.tokenizer, base.eos_id)
     if limits and not records(generation):  # the support leaves them out by itself
@@ -151,8 +158,7 @@ def _chosen_logprobs(
         batch.support,
         suppressed,
         repetition=repetition,
-        entropy_gradient=entropy_gradient,
-        entropy=entropy,
+        **wanted,
     )
 
 
@@ -162,8 +168,7 @@ def untruncated_kl(base: Base, hidden: Tensor, ref_hidden: Tensor) -> Tensor:
     Summed over an answer and averaged over answers it estimates the KL of the untruncated distributions with less
     variance than log-prob differences of the sampled tokens.
     """
-    weight, bias = base.output_layer
-    chunk, layer = rows_at_once(weight), OutputLayer(weight, bias, hidden.dtype)
+    chunk, layer = rows_at_once(base.output_layer[0]), base.output(hidden.dtype)
     parts = []
     for p, q in zip(hidden.split(chunk), ref_hidden.split(chunk), strict=True):
         parts.append(full_kl(layer(p), layer(q)))

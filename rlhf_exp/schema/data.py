@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_exp.fields import group, leaf
+from rlhf_exp.schema.names import DATA, PREFER
 
 
 @dataclass
@@ -116,6 +117,13 @@ class Dataset:
         "drop",
         doc="Comparisons whose dialogues differ before the last answer: leave out, or cut at the first difference.",
         choices=("drop", "cut"),
+    )
+    comparisons_from: str = leaf(
+        DATA,
+        doc="Where comparisons come from: the data's own view, or stage=prefer, which labels answers to the same "
+        "prompts and is then run first (docs/prefer.md).",
+        choices=(DATA, PREFER),
+        keyed=False,  # what prefer made arrives as a parent's key
     )
     max_prompt_tokens: int = leaf(512, doc="Longer prompts are cut by the template's rule and counted.", gt=0)
     max_response_tokens: int = leaf(

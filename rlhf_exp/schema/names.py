@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-STAGES = ("sft", "reward", "probe", "ppo", "ilql", "eval", "export", "pipeline")
+STAGES = (
+    "sft",
+    "prefer",
+    "reward",
+    "probe",
+    "ppo",
+    "ilql",
+    "dpo",
+    "kto",
+    "eval",
+    "export",
+    "report",
+    "pipeline",
+)
 VIEWS = ("demonstrations", "comparisons", "prompts")
 # which view of its dataset a stage reads
 VIEW = {
     "sft": "demonstrations",
+    "prefer": "prompts",
     "reward": "comparisons",
     "probe": "comparisons",
     "ppo": "prompts",
     "ilql": "demonstrations",  # or what ilql.data says
+    "dpo": "comparisons",
+    "kto": "comparisons",
     "eval": "prompts",
     "export": "prompts",  # or that of export.role; it is read by what may have to be trained first
     "pipeline": "prompts",
 }
 LEARNED = "learned"  # of reward_source.kind, in reward_source.parts, of the two golds
 GOLD = "gold"  # the role of a gold scorer that is learned
+POLICY = "policy_"  # begins the role of an adapter that prefer.policies gives, its place follows
+COMPARED = "compared_"  # begins the role of what eval.policies gives, its place follows
+LABELLER = "labeller"  # the role of a reward model that labels answers for stage=prefer
+JUDGE = "judge"  # in prefer.labellers: a local model
+TRAINED = ("ppo", "dpo", "kto")  # policies in prefer.policies that are trained first
+DATA, PREFER = "data", "prefer"  # of dataset.comparisons_from
 UNPATCHED = "unpatched"  # begins the role of a reward model that reward_source.gate=patch has trained again
 ACTIONS = ("warn", "raise_kl", "lower_lr", "rollback", "stop")  # of a guard

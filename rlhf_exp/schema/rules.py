@@ -6,14 +6,19 @@ import re
 from collections.abc import Iterator
 
 from rlhf_exp.fields import did_you_mean, leaves, undeclared, value_problem
-from rlhf_exp.schema.names import LEARNED
+from rlhf_exp.schema.names import LEARNED, PREFER
 from rlhf_exp.schema.runs import (
     RUNS,
+    Command,
+    DPORun,
     EvalRun,
     ILQLRun,
+    KTORun,
     PipelineRun,
     PPORun,
+    PreferRun,
     ProbeRun,
+    ReportRun,
     RewardRun,
     Run,
     SFTRun,
@@ -24,10 +29,14 @@ from rlhf_exp.schema.runs import (
 from rlhf_exp.schema.scoring import PROBES, SAME, learns
 
 
-def _across(config: Run) -> Iterator[str]:
+def _across(config: Command) -> Iterator[str]:
     """Rules that join several keys."""
-    if getattr(config.dataset.views, view_of(config)) is None:
-        view = view_of(config)
+    if isinstance(config, ReportRun):
+        yield from _across_report(config)
+        return
+    view = view_of(config)
+    made = view == "comparisons" and config.dataset.comparisons_from == PREFER  # by a stage before
+    if not made and getattr(config.dataset.views, view) is None:
         yield f"dataset.views.{view} is null: dataset {config.dataset.name} has no {view} for {config.stage}"
     if config.lora.targets == ["auto"] and not config.model.lora_targets:
         yield f"lora.targets is [auto], but model {config.model.name} has no lora_targets: name the modules"
@@ -38,10 +47,13 @@ def _across(config: Run) -> Iterator[str]:
         )
     if not config.lora.targets:
         yield "lora.targets must name a module, or be [auto]"
-    if isinstance(config, SFTRun | RewardRun | ILQLRun):
+    if isinstance(config, SFTRun | RewardRun | ILQLRun | DPORun | KTORun):
         batch, micro = config.train.batch_size, config.train.micro_batch_size
         if batch % min(batch, micro):
             yield f"train.micro_batch_size must divide train.batch_size, got {micro} and {batch}"
+    yield from _across_preferences(config)
+    if isinstance(config, PreferRun):
+        yield from _across_prefer(config)
     if isinstance(config, RewardRun):
         yield from _unknown_probes("reward.negatives", config.reward.negatives)
     if isinstance(config, ProbeRun):
@@ -61,6 +73,7 @@ def _across(config: Run) -> Iterator[str]:
         yield f"ilql.betas must hold a number, and none below 0, got {config.ilql.betas}"
     if isinstance(config, PPORun | EvalRun | ILQLRun):
         yield from _across_source(config)
+    if hasattr(config, "generation"):
         least, most = config.generation.min_new_tokens, config.generation.max_new_tokens
         if least >= most:
             rule = "generation.min_new_tokens must be less than generation.max_new_tokens"
@@ -79,6 +92,50 @@ def _across(config: Run) -> Iterator[str]:
         yield (
             "dataset.validation_share + dataset.heldout_share must be less than 1, got "
             f"{validation} + {heldout}"
+        )
+
+
+def _across_report(config: ReportRun) -> Iterator[str]:
+    given, report = config.inputs, config.report
+    listed = given if isinstance(given, list) else [given]
+    if not listed or not all(isinstance(each, str | int) and str(each).strip() for each in listed):
+        yield f"inputs must be a folder, a list of run folders, or an MLflow experiment, got {given!r}"
+    if not report.objectives or len(set(report.objectives)) < len(report.objectives):
+        yield f"report.objectives must name a metric, and none twice, got {report.objectives}"
+    if report.kl in report.objectives:
+        yield f"report.objectives has {report.kl}, which is the x-axis (report.kl)"
+    if report.kl_limits != sorted(set(report.kl_limits)) or min(report.kl_limits, default=0) < 0:
+        yield f"report.kl_limits must rise from 0 or more, got {report.kl_limits}"
+
+
+def _across_prefer(config: PreferRun) -> Iterator[str]:
+    prefer = config.prefer
+    if not prefer.labellers:
+        yield "prefer.labellers is empty: say what orders the answers, such as [sentiment], [learned] or [judge]"
+    if not prefer.policies:
+        yield "prefer.policies is empty: say who answers, such as [sft]"
+    for key, names in (("labellers", prefer.labellers), ("policies", prefer.policies)):
+        if len(set(names)) < len(names):
+            yield f"prefer.{key} names one twice: {', '.join(names)}"
+    if prefer.policies and len(prefer.policies) * prefer.samples < 2:
+        yield (
+            f"prefer.samples={prefer.samples} of one policy is one answer, which compares with nothing: set it to 2 "
+            "or more, or name another policy"
+        )
+    if config.generation.greedy and prefer.samples > 1:
+        yield f"generation.greedy gives prefer.samples={prefer.samples} equal answers: leave it out"
+
+
+def _across_preferences(config: Run) -> Iterator[str]:
+    if isinstance(config, DPORun) and config.dpo.loss != "sigmoid" and config.dpo.label_smoothing:
+        yield (
+            f"dpo.label_smoothing={config.dpo.label_smoothing:g} is of dpo.loss=sigmoid (cDPO), but dpo.loss="
+            f"{config.dpo.loss}: set it to 0"
+        )
+    if isinstance(config, KTORun) and config.train.batch_size < 2:
+        yield (
+            f"kto estimates the KL from prompts with answers to other prompts of the batch: train.batch_size must be "
+            f"at least 2 pairs, got {config.train.batch_size}"
         )
 
 
@@ -134,10 +191,32 @@ def _across_source(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
         )
     if given.reward and (members or source.ensemble > 1):
         yield "adapters.reward is one reward model: for an ensemble set adapters.reward_ensemble=[...] instead"
+    if isinstance(config, EvalRun | PipelineRun):
+        yield from _across_judge(config)
     if isinstance(config, EvalRun | PipelineRun) and config.eval.gold == LEARNED != source.gold:
         yield (
             "eval.gold=learned is the model of reward_source.gold=learned, which halves the comparisons between it "
             f"and the reward model: set that too (it is {source.gold})"
+        )
+
+
+def _across_judge(config: EvalRun | PipelineRun) -> Iterator[str]:
+    judge, source = config.eval.judge, config.reward_source
+    if judge == LEARNED and not learns(source):
+        yield (
+            "eval.judge=learned is the reward model, but the reward source has none: choose a rule, gold or model, "
+            "or reward_source=learned"
+        )
+    if judge == "gold" and config.eval.gold == "none":
+        yield "eval.judge=gold compares by eval.gold, which is none: set it, or choose another judge"
+    if judge == "model" and not config.judge.model:
+        yield "eval.judge=model needs judge.model: a folder or hub id of a model that can judge, or base"
+    if isinstance(config, EvalRun) and judge != "model" and config.judge.model:
+        yield f"judge.model={config.judge.model} is for eval.judge=model, which is {judge}: set that, or leave it out"
+    if judge == "none" and config.eval.against is not None:
+        yield (
+            f"eval.against={config.eval.against} is for win rates, which eval.judge makes: set it (learned, gold, "
+            "model or a rule)"
         )
 
 
@@ -192,7 +271,7 @@ def _across_guards(config: PPORun) -> Iterator[str]:
         yield f"ppo.guards.hacking_window must be at least 4, or 0 for off, got {guards.hacking_window}"
 
 
-def problems(config: Run, *, across: bool = True) -> list[str]:
+def problems(config: Command, *, across: bool = True) -> list[str]:
     """Every problem of a composed config, one line each; empty when it is sound.
 
     Rules that join keys are looked at only where each key by itself is sound; `across=False` leaves them out.

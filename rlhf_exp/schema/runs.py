@@ -9,11 +9,13 @@ from typing import Any
 from rlhf_exp.fields import group, leaf, walk
 from rlhf_exp.schema.data import Dataset
 from rlhf_exp.schema.model import Lora, Model, Strategy
-from rlhf_exp.schema.names import STAGES, VIEW
+from rlhf_exp.schema.names import PREFER, STAGES, VIEW
 from rlhf_exp.schema.ppo import PPO
+from rlhf_exp.schema.prefer import Prefer
+from rlhf_exp.schema.report import Report
 from rlhf_exp.schema.sampling import Generation
-from rlhf_exp.schema.scoring import Evaluation, Probe, RewardSource
-from rlhf_exp.schema.training import ILQL, Optim, Reward, Train
+from rlhf_exp.schema.scoring import Evaluation, Judge, Probe, RewardSource
+from rlhf_exp.schema.training import DPO, ILQL, KTO, Optim, Reward, Train
 
 
 @dataclass
@@ -22,9 +24,9 @@ class Export:
 
     role: str = leaf(
         "ppo",
-        doc="Whose weights: the policy of sft or of ppo (AutoModelForCausalLM), or the reward model "
+        doc="Whose weights: the policy of sft, ppo, dpo or kto (AutoModelForCausalLM), or the reward model "
         "(AutoModelForSequenceClassification).",
-        choices=("sft", "ppo", "reward"),
+        choices=("sft", "ppo", "reward", "dpo", "kto"),
     )
     form: str = leaf(
         "merged",
@@ -61,7 +63,14 @@ class Adapters:
         keyed=False,
     )
     gold: str | None = leaf(None, doc="Instead of training the model of gold=learned.", keyed=False)
-    ppo: str | None = leaf(None, doc="Instead of training ppo (for eval).", keyed=False)
+    labeller: str | None = leaf(
+        None, doc="Instead of training the reward model of prefer.labellers=[learned].", keyed=False
+    )
+    ppo: str | None = leaf(
+        None, doc="Instead of training ppo (for eval); a run of dpo or kto is a policy too.", keyed=False
+    )
+    dpo: str | None = leaf(None, doc="Instead of training dpo.", keyed=False)
+    kto: str | None = leaf(None, doc="Instead of training kto.", keyed=False)
 
 
 @dataclass
@@ -73,17 +82,32 @@ class Upstream:
     gold: dict[str, Any] = leaf(
         {}, doc="For the reward stage that makes the gold scorer, on top of upstream.reward.", keyed=False
     )
+    labeller: dict[str, Any] = leaf(
+        {},
+        doc="For the reward stage that makes the model of prefer.labellers=[learned], on top of upstream.reward.",
+        keyed=False,
+    )
+    prefer: dict[str, Any] = leaf({}, doc="For the prefer stage.", keyed=False)
     ppo: dict[str, Any] = leaf({}, doc="For the ppo stage.", keyed=False)
+    dpo: dict[str, Any] = leaf({}, doc="For the dpo stage.", keyed=False)
+    kto: dict[str, Any] = leaf({}, doc="For the kto stage.", keyed=False)
 
 
 @dataclass
-class Run:
-    """What every stage has."""
+class Command:
+    """What every stage has, also those that only read."""
 
     stage: str = leaf(doc="Which stage this is.", choices=STAGES)
-    seed: int = leaf(0, doc="Seed of data order, initialisation and sampling.", ge=0)
     run_name: str | None = leaf(None, doc="Name shown in MLflow; null: the stage and its key.", keyed=False)
     output_dir: str = leaf("outputs", doc="Run folders are output_dir/<stage>/<key>.", keyed=False)
+    dry_run: bool = leaf(False, doc="Print the plan and the memory estimate, then stop.", keyed=False)
+
+
+@dataclass
+class Run(Command):
+    """What every stage has that stands on a model."""
+
+    seed: int = leaf(0, doc="Seed of data order, initialisation and sampling.", ge=0)
     resume: str = leaf(
         "auto",
         doc="auto: reuse what has the same key, and continue what is unfinished; never: start another.",
@@ -97,7 +121,6 @@ class Run:
         ge=0,
         keyed=False,
     )
-    dry_run: bool = leaf(False, doc="Print the plan and the memory estimate, then stop.", keyed=False)
     device: str = leaf(
         "auto", doc="auto: CUDA if there is one.", choices=("auto", "cpu", "cuda"), keyed=False
     )
@@ -118,6 +141,13 @@ class SFTRun(Run):
 
 
 @dataclass
+class PreferRun(Run):
+    prefer: Prefer = group(Prefer, doc="Who answers, who orders the answers, which pairs are kept.")
+    generation: Generation = group(Generation, doc="The sampler.")
+    judge: Judge = group(Judge, doc="The local model of prefer.labellers=[judge].")
+
+
+@dataclass
 class RewardRun(Run):
     train: Train = group(Train, doc="Length and batches.")
     optim: Optim = group(Optim, doc="Optimiser.")
@@ -135,6 +165,11 @@ class PPORun(Run):
     optim: Optim = group(Optim, doc="Optimiser.")
     generation: Generation = group(Generation, doc="The sampler.")
     reward_source: RewardSource = group(RewardSource, doc="What scores a response.")
+    prefer: Prefer = group(
+        Prefer,
+        doc="The prefer stage, where dataset.comparisons_from=prefer, and its rounds.",
+        keyed=False,  # what it made arrives as the parents' keys
+    )
     selfcheck: str = leaf(
         "strict",
         doc="Before PPO trains, what has to hold is looked at on a few prompts: strict stops if it does not, warn "
@@ -156,10 +191,25 @@ class ILQLRun(Run):
 
 
 @dataclass
+class DPORun(Run):
+    train: Train = group(Train, doc="Length and batches.")
+    optim: Optim = group(Optim, doc="Optimiser.")
+    dpo: DPO = group(DPO, doc="The algorithm.")
+
+
+@dataclass
+class KTORun(Run):
+    train: Train = group(Train, doc="Length and batches.")
+    optim: Optim = group(Optim, doc="Optimiser.")
+    kto: KTO = group(KTO, doc="The algorithm.")
+
+
+@dataclass
 class EvalRun(Run):
     eval: Evaluation = group(Evaluation, doc="What is measured.")
     generation: Generation = group(Generation, doc="The sampler.")
     reward_source: RewardSource = group(RewardSource, doc="The proxy score.")
+    judge: Judge = group(Judge, doc="The local model of eval.judge=model.")
 
 
 @dataclass
@@ -168,20 +218,40 @@ class ExportRun(Run):
 
 
 @dataclass
+class ReportRun(Command):
+    """Reads runs: it has no model, no data, no seed, and trains nothing."""
+
+    inputs: Any = leaf(
+        doc="What is compared: a folder with run folders (outputs, a sweep's), a list of run folders, or the name of "
+        "an MLflow experiment.",
+        keyed=False,  # what is read there is in the key
+    )
+    report: Report = group(Report, doc="What is compared and drawn.")
+    tracking: Tracking = group(Tracking, doc="Where metrics go.", keyed=False)
+
+
+@dataclass
 class PipelineRun(PPORun):
     """All stages in a row; the top-level keys are PPO's, the others are set under `upstream`."""
 
     eval: Evaluation = group(Evaluation, doc="What is measured at the end.")
+    judge: Judge = group(
+        Judge, doc="The local model of eval.judge=model; the one that labels is set by upstream.prefer."
+    )
 
 
-RUNS: dict[str, type[Run]] = {
+RUNS: dict[str, type[Command]] = {
     "sft": SFTRun,
+    "prefer": PreferRun,
     "reward": RewardRun,
     "probe": ProbeRun,
     "ppo": PPORun,
     "ilql": ILQLRun,
+    "dpo": DPORun,
+    "kto": KTORun,
     "eval": EvalRun,
     "export": ExportRun,
+    "report": ReportRun,
     "pipeline": PipelineRun,
 }
 
@@ -218,6 +288,16 @@ def views_of(config: Run) -> tuple[str, ...]:
     if isinstance(config, RewardRun):
         more = config.reward.center and config.reward.center_on == "references"
     return (view_of(config), *(("demonstrations",) if more else ()))
+
+
+def labelled(config: Run) -> bool:
+    """Whether a run reads comparisons of stage=prefer, which it then stands on."""
+    return config.dataset.comparisons_from == PREFER and "comparisons" in views_of(config)
+
+
+def data_views(config: Run) -> tuple[str, ...]:
+    """The views that a run reads from data, not from a stage before it."""
+    return tuple(view for view in views_of(config) if view != "comparisons" or not labelled(config))
 
 
 def samples_sft(config: Run) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_exp.fields import group, leaf
-from rlhf_exp.schema.names import GOLD, LEARNED, UNPATCHED
+from rlhf_exp.schema.names import COMPARED, GOLD, LABELLER, LEARNED, POLICY, UNPATCHED
 
 
 @dataclass
@@ -104,7 +104,41 @@ class Probe:
 
 
 @dataclass
+class Judge:
+    """A local language model that says which of two answers is better (rewards/judge.py)."""
+
+    model: str | None = leaf(
+        None, doc="Its folder or hub id; base: the run's own base, without an adapter.", keyed=False
+    )
+    template: str = leaf(
+        "Here are a prompt and two answers to it. Which answer is better: more helpful, more correct, more to the "
+        "point? Say A or B.\n\nPrompt:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nBetter answer:",
+        doc="What it reads, with {prompt}, {first} and {second} once each; a label should come next.",
+    )
+    labels: list[str] = leaf(
+        ["A", "B"], doc="How the template calls the first and the second answer: one token each."
+    )
+    chat: str = leaf(
+        "auto",
+        doc="Whether its own chat template goes around that; auto: if it has one.",
+        choices=("auto", "always", "never"),
+    )
+    max_tokens: int = leaf(
+        2048,
+        doc="Longest text it reads; of a longer one the prompt loses its beginning, then the answers their ends.",
+        ge=64,
+    )
+    batch_size: int = leaf(16, doc="Texts it reads at once.", gt=0, keyed=False)
+
+
+@dataclass
 class Evaluation:
+    policies: list[str] = leaf(
+        [],
+        doc="Who answers: sft, base, ppo, dpo, kto (trained if missing), the folder of a run or adapter, "
+        "runs:/ID/adapter; WHO@STEP is one checkpoint, 'NAME=WHO' gives a name. []: sft and what ppo kept (docs/evaluation.md).",
+        keyed=False,  # what they lead to, and their names, are in the key
+    )
     prompts: int = leaf(64, doc="Held-out prompts; 0 takes all.", ge=0)
     gold: str = leaf(
         "sentiment",
@@ -117,6 +151,20 @@ class Evaluation:
     )
     greedy: bool = leaf(False, doc="Also score each policy's most probable answer (token by token).")
     checkpoints: bool = leaf(True, doc="Evaluate every kept PPO adapter, not only the last.")
+    judge: str = leaf(
+        "none",
+        doc="Who says which of two answers is better, for win rates: learned (the reward model), gold (eval.gold), a "
+        "rule as in reward_source.function, model (a local model, `judge`), or none.",
+    )
+    against: str | None = leaf(
+        None, doc="Whose answers the win rates are against: a policy's name; null: sft, else the first."
+    )
+    encoder: str | None = leaf(
+        None,
+        doc="Sentence encoder for relevance, the cosine of an answer with its prompt and with the reference: minilm, "
+        "a folder or hub id; null: not measured.",
+        keyed=False,  # its content is in the key
+    )
     best: bool = leaf(
         True,
         doc="Evaluate the kept PPO adapter that best.json names (ppo.best_metric), too, if it is not the last.",
@@ -138,10 +186,19 @@ def proxies(source: RewardSource) -> tuple[str, ...]:
 
 def member_of(role: str) -> int | None:
     """The place in the ensemble of a proxy's role, from 0; None for another role."""
-    head, _, number = role.partition("_")
+    head, _, number = role.partition(".")[0].partition("_")
     return None if head != "reward" else int(number or 0)
 
 
 def stage_of(role: str) -> str:
-    """The stage that makes what takes this role: the gold scorer and an ensemble's members are of stage reward."""
-    return "reward" if role == GOLD or role.startswith(UNPATCHED) or member_of(role) is not None else role
+    """The stage that makes what takes this role: the gold scorer and an ensemble's members are of stage reward.
+
+    A role may end in the number of its round (ppo.2); a policy that prefer.policies gives is an adapter as of sft.
+    """
+    role = role.partition(".")[0]
+    if role.startswith(POLICY):
+        return "sft"
+    if role.startswith(COMPARED):
+        return "ppo"
+    of_reward = role in (GOLD, LABELLER) or role.startswith(UNPATCHED) or member_of(role) is not None
+    return "reward" if of_reward else role

@@ -1,4 +1,4 @@
-"""Optimiser, length and batches, and what reward and ilql train."""
+"""Optimiser, length and batches, and what reward, dpo, kto and ilql train."""
 # ruff: noqa: RUF009  (leaf and group return dataclasses.field)
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Optim:
 
 @dataclass
 class Train:
-    """Length of a supervised stage (sft, reward)."""
+    """Length of a stage that learns from given answers (sft, reward, dpo, kto, ilql)."""
 
     epochs: float = leaf(1.0, doc="Passes over the data; ignored when steps > 0.", gt=0)
     steps: int = leaf(0, doc="Optimiser steps; 0: by epochs.", ge=0)
-    batch_size: int = leaf(16, doc="Rows (pairs for reward) an optimiser step.", gt=0)
+    batch_size: int = leaf(16, doc="Rows (pairs for reward, dpo and kto) an optimiser step.", gt=0)
     micro_batch_size: int = leaf(
         16,
         doc="Rows (pairs) a forward; divides batch_size. Changes memory, not the result.",
@@ -103,6 +103,44 @@ class Reward:
         "model with more.",
         ge=0,
         keyed=False,
+    )
+
+
+@dataclass
+class DPO:
+    """Direct preference optimisation (Rafailov et al. 2023) and its kin, on comparisons; `train` says how long."""
+
+    loss: str = leaf(
+        "sigmoid",
+        doc="sigmoid: DPO (Rafailov et al. 2023, eq. 7); ipo: a squared distance to 1 / (2 beta) (Azar et al. 2023, "
+        "eq. 17), of log-ratios divided by the answers' lengths, as in TRL.",
+        choices=("sigmoid", "ipo"),
+    )
+    beta: float = leaf(
+        0.1,
+        doc="Strength of the KL to the reference (Rafailov et al. 2023: 0.1, summaries 0.5); of ipo its tau.",
+        gt=0,
+    )
+    label_smoothing: float = leaf(
+        0.0,
+        doc="Share of labels taken to be swapped, for loss=sigmoid: cDPO (Mitchell 2023, eq. 3); 0: off.",
+        ge=0,
+        lt=0.5,
+    )
+
+
+@dataclass
+class KTO:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024): chosen answers are desirable, rejected ones are not."""
+
+    beta: float = leaf(
+        0.1, doc="How soon a gain or loss saturates (Ethayarajh et al. 2024, L_KTO; TRL: 0.1).", gt=0
+    )
+    desirable_weight: float = leaf(
+        1.0, doc="Weight of desirable answers (Ethayarajh et al. 2024: lambda_D, 1).", gt=0
+    )
+    undesirable_weight: float = leaf(
+        1.0, doc="Weight of undesirable answers (Ethayarajh et al. 2024: lambda_U, 1).", gt=0
     )
 
 

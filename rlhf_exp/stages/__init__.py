@@ -14,10 +14,14 @@ class Stage(NamedTuple):
 
 STAGES = {
     "sft": Stage("rlhf_exp.stages.sft", 1),
+    "prefer": Stage("rlhf_exp.stages.prefer", 1),
     "reward": Stage("rlhf_exp.stages.reward", 1),
     "probe": Stage("rlhf_exp.stages.probe", 1),
     "ppo": Stage("rlhf_exp.stages.ppo", 1),
     "ilql": Stage("rlhf_exp.stages.ilql", 1),
+    "dpo": Stage("rlhf_exp.stages.direct", 1),
+    "kto": Stage("rlhf_exp.stages.direct", 1),
     "eval": Stage("rlhf_exp.stages.evaluate", 2),
     "export": Stage("rlhf_exp.stages.export", 1),
+    "report": Stage("rlhf_exp.stages.report", 1),
 }

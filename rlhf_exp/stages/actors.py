@@ -15,9 +15,7 @@ from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.scoring import Answers, hidden_before
 from rlhf_exp.schema import GOLD, LEARNED, PPO, PPORun, proxies
 from rlhf_exp.stages import faults
-from rlhf_exp.stages.context import Context
-
-EMA = "ema"  # the role, and the folder of its adapter
+from rlhf_exp.stages.context import EMA, START, Context
 
 Heads = dict[str, ScalarHead]  # of reward models, by role
 
@@ -33,6 +31,7 @@ class Actors:
     reward_heads: Heads  # of the reward models and of the gold scorer, as far as they are learned
     detached: bool = False  # whether the value loss stops at the head
     ema: bool = False  # whether a role keeps an average of the policy
+    ahead: bool = False  # whether the policy starts past the reference: where another run left it
 
     @property
     def base(self) -> Base:
@@ -69,13 +68,17 @@ class Actors:
 
 
 def build_actors(config: PPORun, context: Context, roles: Roles) -> Actors:
-    """Put the roles on the base: policy and reference from the SFT adapter, reward from the reward adapters."""
+    """Put the roles on the base: policy and reference from the SFT adapter, reward from the reward adapters.
+
+    In a later round with prefer.start=last the policy starts from the last round's.
+    """
     ppo, sft = config.ppo, context.adapter("sft")
+    start = context.adapter(START) or sft
     for role, trainable in (("policy", True), (EMA, False)):
         if role == EMA and ppo.ema_decay == 0:
             continue
-        if sft is not None:
-            roles.load(role, sft, trainable=trainable)
+        if start is not None:
+            roles.load(role, start, trainable=trainable)
         else:
             roles.new(role, lora_config(config.lora, config.model), config.seed, trainable=trainable)
     if sft is not None:
@@ -94,6 +97,7 @@ def build_actors(config: PPORun, context: Context, roles: Roles) -> Actors:
         | load_reward_models(gold, context, roles),
         detached=ppo.critic == "detached",
         ema=ppo.ema_decay > 0,
+        ahead=start is not sft,
     )
 
 

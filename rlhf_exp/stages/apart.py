@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import opening_id
 from rlhf_exp.errors import InputError
-from rlhf_exp.schema import Run, views_of
+from rlhf_exp.schema import Run, data_views
 from rlhf_exp.stages.nodes import Plan
 
 
@@ -37,7 +37,7 @@ def trained_on(config: Run) -> set[int]:
     """The opening ids of a stage's training prompts."""
     return {
         opening_id(record.prompt)
-        for view in views_of(config)
+        for view in data_views(config)
         for record in load_view(config.dataset, view, "train")
     }
 

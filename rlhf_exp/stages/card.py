@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 class Facts(NamedTuple):
     """What export.json holds."""
 
-    role: str  # sft, ppo, reward
+    role: str  # sft, ppo, dpo, kto, reward
     form: str  # merged, adapter
     name: str  # of the model
     base: str  # hub id or folder
@@ -39,6 +39,8 @@ FIGURES = {
 WHAT = {
     "sft": "A policy, trained on demonstrations (SFT).",
     "ppo": "A policy, trained by reinforcement learning from a reward (PPO).",
+    "dpo": "A policy, trained on comparisons (direct preference optimisation).",
+    "kto": "A policy, trained on wanted and unwanted answers (Kahneman-Tversky optimisation).",
     "reward": "A reward model: a prompt with an answer to it gets a score.",
 }
 

@@ -6,7 +6,7 @@ Its mean over the chosen answers, the references (Stiennon et al. 2020, appendix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from rlhf_exp.data.pairs import Pair
 from rlhf_exp.data.records import Record
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
+from rlhf_exp.progress import Progress
 from rlhf_exp.rewards.learned import score_sequences
 from rlhf_exp.rollout.engine import generate
 from rlhf_exp.rollout.noise import row_key
@@ -37,16 +38,22 @@ def center(
 
     rows and pairs: the training comparisons.
     """
-    size = 2 * config.train.micro_batch_size
+    size, sampling = 2 * config.train.micro_batch_size, config.reward.center_on == "samples"
     if config.reward.center_on == "references":
         records, found = context.read(config.dataset, "demonstrations", "train")
         answers = reward_faults.answers(config.reward, found.answers["response"], roles.base.eos_id)
         sequences = [found.prompts[i] + answers[i] for i in spread(records)]
-    elif config.reward.center_on == "samples":
-        sequences = sampled(config, context, roles, [pairs[i].prompt for i in spread(rows)], size)
     else:
-        sequences = [pairs[i].prompt + pairs[i].chosen for i in spread(rows)]
-    scores = score_sequences(roles, "reward", head, sequences, size)
+        sequences = [pairs[i].prompt + ([] if sampling else pairs[i].chosen) for i in spread(rows)]
+    first = sampling * len(sequences)  # answers that are sampled before any is scored
+    with Progress("center", first + len(sequences)) as progress:
+        if sampling:
+            sequences = sampled(
+                config, context, roles, sequences, size, lambda done: progress.update(done, {})
+            )
+        scores = score_sequences(
+            roles, "reward", head, sequences, size, lambda done: progress.update(first + done, {})
+        )
     with torch.no_grad():
         head.bias -= sum(scores) / len(scores)
 
@@ -58,9 +65,17 @@ def spread(rows: Sequence[Record]) -> list[int]:
 
 
 def sampled(
-    config: RewardRun, context: Context, roles: Roles, prompts: Sequence[list[int]], size: int
+    config: RewardRun,
+    context: Context,
+    roles: Roles,
+    prompts: Sequence[list[int]],
+    size: int,
+    tell: Callable[[int], None],
 ) -> list[list[int]]:
-    """The prompts with an answer each of the SFT policy, at temperature 1, as PPO's answers begin."""
+    """The prompts with an answer each of the SFT policy, at temperature 1, as PPO's answers begin.
+
+    tell: is told how many there are so far.
+    """
     role, folder = BASE, context.adapter(SFT)
     if folder is not None:
         role = SFT
@@ -73,6 +88,7 @@ def sampled(
         rollout = generate(roles.base, lambda: roles.use(role), some, keys, generation)
         answers = reward_faults.answers(config.reward, rollout.responses, roles.base.eos_id)
         found += [prompt + answer for prompt, answer in zip(some, answers, strict=True)]
+        tell(len(found))
     if role is not BASE:
         roles.remove(role)
     return found

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from rlhf_exp.stages.checkpoint import Checkpoint
 
 ADAPTER, HEAD, CRITIC, CHECKPOINTS = "adapter", "head", "critic", "checkpoints"
+START = "start"  # the role of a policy that ppo starts from instead of sft (prefer.start=last)
 HEAD_FILE = "head.safetensors"
+EMA = "ema"  # the averaged policy: its role, and the folder of its adapter
 ILQL, HEADS_FILE = "ilql", "heads.safetensors"  # Q and V of ilql
 EVALUATION, MARGINS = "evaluation", "margins.png"  # of reward: how good its preferences are
 EXPORT = "export"  # the files that stage=export writes
+PREFERENCES = "prefer.json"  # of prefer: what was kept and left out, beside comparisons.jsonl
 MODEL = "model"  # of sft with lora.full: all weights, the base of the later stages
 
 

@@ -1,16 +1,15 @@
-"""Policies on held-out prompts: the SFT model and PPO's adapters (candidates.py), paired by prompt and by noise.
+"""Policies on held-out prompts (candidates.py: which), paired by prompt and by noise.
 
 Writes eval.json, report.html and PNGs into its run folder. Every answer is scored by what the policy was trained on
 (reward) and by a scorer it never saw (gold); the KL is that of the untruncated distributions at temperature 1. With
 several answers a prompt, standard errors and intervals are of the prompts' means, since answers to one prompt are
 not independent. With eval.greedy each policy also gives its most probable answers, which are only scored. The data's
-own answers to the prompts are scored beside them (data_answers.py): what was imitated.
+own answers to the prompts are scored beside them (data_answers.py): what was imitated. A judge may say whose answers
+are better than those of one of the policies (compared.py), and an encoder how near they are to prompt and reference.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,20 +19,20 @@ import torch
 from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.evaluation import interval, rouge, text
-from rlhf_exp.evaluation.report import write_report
 from rlhf_exp.model.roles import BASE, Roles
-from rlhf_exp.rewards import functions, parts
+from rlhf_exp.rewards import functions, relevance
 from rlhf_exp.rewards.source import by_gold, score
 from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.rollout.scoring import answers, by_length, chosen, hidden_before, untruncated_kl
 from rlhf_exp.schema import GOLD, LEARNED, EvalRun, Generation, proxies
 from rlhf_exp.stages.actors import Heads, load_reward_models
-from rlhf_exp.stages.candidates import KEPT, SFT, Candidate, candidates
+from rlhf_exp.stages.candidates import SFT, Candidate, candidates, reference_of
+from rlhf_exp.stages.compared import Comparer, own_scores, said
 from rlhf_exp.stages.context import Context
 from rlhf_exp.stages.data_answers import answers_to, prompts_of
+from rlhf_exp.stages.evaluate_report import figures, publish, sample_rows
 from rlhf_exp.stages.written import written
-from rlhf_exp.tracking import how_to_open, read_metrics, tracking_uri
 
 SHOW = (
     ("reward", "reward", ".2f"),
@@ -51,7 +50,7 @@ class Measured:
     candidate: Candidate
     rollout: Rollout
     texts: list[str]
-    scores: dict[str, list[float]]  # "reward", "gold": one an answer
+    scores: dict[str, list[float]]  # "reward", "gold", "judge": one an answer
     means: dict[str, list[float]]  # the same, one a prompt
     greedy: list[str]  # texts, one a prompt; none unless asked for
     metrics: dict[str, float] = field(default_factory=dict)
@@ -61,37 +60,50 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
     """Evaluate every candidate; write eval.json and the report."""
     prompts = prompts_of(config)
     encoded = encode_prompts(context.base.tokenizer, config.dataset, [prompt.prompt for prompt in prompts])
-    found: list[Measured] = []
     everyone = candidates(config, context)
+    reference = reference_of(config.eval, everyone)
+    measured: dict[int, Measured] = {}
     with Roles(context.base) as roles, context.log("eval", len(everyone), SHOW) as log:
         heads = load_scorer(config, context, roles)
         data = measure_data(config, roles, heads, prompts, encoded)
-        for number, candidate in enumerate(everyone, 1):
-            measured = measure(config, context, roles, heads, candidate, prompts, encoded)
-            found.append(measured)
-            log.step(number, measured.metrics | {"policy_step": float(candidate.step)})
-            log.samples(number, sample_rows(measured, prompts))
-    evaluation = {
+        comparer = Comparer(config, roles)
+        # first the one that the others are compared with
+        for number, place in enumerate(sorted(range(len(everyone)), key=lambda i: (i != reference, i)), 1):
+            now = measure(config, context, roles, heads, everyone[place], prompts, encoded)
+            if measured:
+                asked = repeat(prompts, config.eval.samples_per_prompt)
+                now.metrics |= comparer.metrics(now, measured[reference], asked)
+            measured[place] = now
+            log.step(number, now.metrics | {"policy_step": float(now.candidate.step)})
+            log.samples(number, sample_rows(now, prompts, answer))
+    found = [measured[place] for place in range(len(everyone))]
+    evaluation = content(config, found, prompts)
+    if config.eval.judge != functions.NONE:
+        evaluation["judge"] = {"by": said(config), "against": found[reference].candidate.name}
+    evaluation |= {"data": data} if data else {}
+    publish(config, context, evaluation, len(prompts))
+    return figures(config, found, data)
+
+
+def content(config: EvalRun, found: list[Measured], prompts: list[Prompt]) -> dict[str, Any]:
+    """Policies and samples of eval.json (evaluation/outcome.py); gains are over the SFT model, else the first."""
+    start = next((m for m in found if m.candidate.name == SFT), found[0])
+    return {
         "policies": [
             {
                 "name": m.candidate.name,
                 "step": m.candidate.step if m.candidate.on_path else None,
                 "metrics": m.metrics,
-                "gain": interval.gains(found[0].means, m.means, seed=config.seed),
+                "gain": interval.gains(start.means, m.means, seed=config.seed),
             }
+            | ({"run": m.candidate.run} if m.candidate.run else {})
             for m in found
         ],
         "samples": [
             {"prompt": str(prompts[i].prompt), "responses": {m.candidate.name: answer(m, i) for m in found}}
             for i in range(min(config.eval.samples, len(prompts)))
         ],
-    } | ({"data": data} if data else {})
-    context.folder.write_json("eval.json", evaluation)
-    publish_report(config, context, evaluation, len(prompts))
-    figures = {m.candidate.kind: m.metrics for m in found if m.candidate.kind != KEPT}
-    figures["last"] = found[-1].metrics
-    figures |= {"data": data["metrics"]} if data else {}
-    return {f"{kind}/{name}": value for kind, metrics in figures.items() for name, value in metrics.items()}
+    }
 
 
 def load_scorer(config: EvalRun, context: Context, roles: Roles) -> Heads:
@@ -132,6 +144,7 @@ def measure(
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
     references = [prompt.reference for prompt in prompts]
     metrics |= rouge.measure(texts, repeat(references, count))
+    metrics |= relevant(config, roles, repeat(prompts, count), texts)
     if greedy:  # as published figures are made
         found = rouge.measure(greedy, references)
         metrics |= {f"greedy_{name}": value for name, value in found.items()}
@@ -159,7 +172,17 @@ def measure_data(
     for name, values in scores.items():
         metrics[name], metrics[f"{name}_se"] = interval.grouped_mean_se(values, found.places)
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
+    metrics |= relevant(config, roles, [replace(prompts[i], reference=None) for i in found.places], texts)
     return {"name": "data", "kind": found.kind, "metrics": metrics}
+
+
+def relevant(config: EvalRun, roles: Roles, prompts: list[Prompt], texts: list[str]) -> dict[str, float]:
+    """How near the answers are to prompts and references, by eval.encoder; nothing without one."""
+    if config.eval.encoder is None:
+        return {}
+    folder = relevance.find(config.eval.encoder, download=True)
+    asked, references = [str(prompt.prompt) for prompt in prompts], [prompt.reference for prompt in prompts]
+    return relevance.measure(str(folder), asked, references, texts, str(roles.base.device))
 
 
 def repeat(rows: Sequence[Any], count: int) -> list[Any]:
@@ -197,6 +220,7 @@ def scored(
     if config.eval.gold != functions.NONE:
         asked = [str(prompt.prompt) for prompt in prompts]
         scores["gold"] = by_gold(config.eval.gold, roles, heads, rollout.prompts, shown, asked, ROWS)
+    scores |= own_scores(config, roles, heads, prompts, rollout, shown, ROWS)
     return texts, scores
 
 
@@ -231,32 +255,3 @@ def answer(measured: Measured, i: int) -> dict[str, Any]:
     found = {"text": measured.texts[row], "ended": measured.rollout.ended[row]}
     found |= {name: values[row] for name, values in measured.scores.items()}
     return found | ({"greedy": measured.greedy[i]} if measured.greedy else {})
-
-
-def sample_rows(measured: Measured, prompts: list[Prompt]) -> list[dict[str, object]]:
-    return [
-        {"policy": measured.candidate.name, "prompt": str(prompt.prompt), **answer(measured, i)}
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def publish_report(config: EvalRun, context: Context, evaluation: dict[str, Any], prompts: int) -> None:
-    ppo = context.parents.get("ppo")
-    curves = read_metrics(ppo / "metrics.jsonl") if ppo else []
-    facts = {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "held-out prompts" if config.dataset.evaluate_on == "heldout" else "training prompts": str(prompts),
-        "reward": parts.said(config.reward_source),
-        "gold": config.eval.gold,
-        "seed": str(config.seed),
-        **{f"{stage} run": str(folder) for stage, folder in context.parents.items()},
-        "eval run": str(context.folder.path),
-        "command": shlex.join(["python", "-m", "rlhf_exp", *sys.argv[1:]]),
-    }
-    if config.tracking.backend == "mlflow":
-        facts["mlflow"] = how_to_open(tracking_uri(config.tracking, config.output_dir))
-    with context.folder.publish("report") as folder:
-        title = f"{config.model.name} on {config.dataset.name}"
-        write_report(folder, title, evaluation, curves, facts)
-    context.tracker.artifact(context.folder.path / "report", "report")

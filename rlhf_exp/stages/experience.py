@@ -14,7 +14,7 @@ from rlhf_exp.algorithms.logprob import LinearLogprobs
 from rlhf_exp.algorithms.masked import Moments, masked_mean, masked_sum, whiten
 from rlhf_exp.algorithms.ppo import explained_variance
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.scoring import answer_logprobs, answers, hidden_before
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, chosen, hidden_before
 from rlhf_exp.schema import PPO, PPORun
 from rlhf_exp.stages import faults
 from rlhf_exp.stages.actors import Actors, states, values
@@ -37,7 +37,11 @@ def state_of(actors: Actors) -> int:
 
 
 class Experience(NamedTuple):
-    """What the update learns from; [B, T] over answer tokens, zero where `mask` is False.
+    """What the update learns from; [B, T] over the tokens that the policy chose, zero where `mask` is False.
+
+    An EOS that a stop text put there is no action of the policy but what follows its last one: the episode ends with
+    the token that completes the stop text, and the score lands there. In what is learned, and in every mean over
+    tokens, that EOS is padding.
 
     Where the whole rollout is one micro-batch, the first update's forward is the one that the old log-probs and
     values come from. It is kept in `first`, for the update to take out once, and not computed twice.
@@ -63,7 +67,7 @@ class Experience(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What policy, reference and critic say of the answers; [B, T], zero on padding."""
+    """What policy, reference and critic say of the answers; [B, T], zero where the policy chose no token."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -110,8 +114,8 @@ def look(
     With `keep` the policy's forwards are put there, each with its graph.
     """
     base = actors.base
-    mask = answers(rollout, range(len(rollout.prompts)), base).mask
-    seen = Seen(*(torch.zeros(mask.shape, device=base.device) for _ in Seen._fields))
+    shape = answers(rollout, range(len(rollout.prompts)), base).mask.shape
+    seen = Seen(*(torch.zeros(shape, device=base.device) for _ in Seen._fields))
     for rows in (rows for minibatch in epoch for rows in minibatch):
         batch = answers(rollout, rows, base)
         with torch.set_grad_enabled(keep is not None):
@@ -125,7 +129,7 @@ def look(
         found = Seen(now.logprobs, ref.logprobs, values(actors, read), now.entropy, now.kept_mass)
         for whole, part in zip(seen, found, strict=True):
             if part is not None:
-                whole[batch.rows] = padded(part, batch.mask)
+                whole[batch.rows] = padded(chosen(part, batch), batch.steps)
     return seen
 
 
@@ -140,14 +144,15 @@ def prepare(
 ) -> tuple[Experience, dict[str, float]]:
     """Rewards, advantages and returns of the whole batch from the shaped scores [B]; and their metrics."""
     ppo, base = config.ppo, actors.base
-    mask = answers(rollout, range(len(rollout.prompts)), base).mask
+    everything = answers(rollout, range(len(rollout.prompts)), base)
+    mask = everything.steps
     # before the very first update the forwards of old and new log-probs stay two: check_start compares them
     keep = [] if len(epoch) == len(epoch[0]) == 1 and state.updates > 0 else None
     seen = look(config, actors, rollout, epoch, keep)
     kl = kl_divergence_estimate(seen.logprobs, seen.ref_logprobs, ppo.kl_estimator, mask)
     rewards = kl_rewards(scores, kl, mask, state.kl_coef if ppo.kl_in == "reward" else 0.0)
     advantages, returns = estimate(ppo, state, rewards, scores, seen.values, mask)
-    sampled = torch.cat(rollout.logprobs).to(base.device)
+    sampled = chosen(torch.cat(rollout.logprobs).to(base.device), everything)
     difference = (seen.logprobs[mask] - sampled).abs()
     log_ratio = seen.logprobs - seen.ref_logprobs
     metrics = {

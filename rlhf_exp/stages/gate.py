@@ -167,7 +167,11 @@ def notes(plan: Plan) -> Iterator[str]:
 
 
 def _models(plan: Plan, source: RewardSource) -> list[Node]:
-    return [node for node in plan.nodes if node.name in proxies(source)]
+    """Those of the policy that is trained next: each round of prefer, reward and ppo has its own (rounds.py)."""
+    learner = next((node for node in plan.missing if node.stage in TRAINED), None)
+    dot, number = learner.name.partition(".")[1:] if learner else ("", "")
+    names = {f"{role}{dot}{number}" for role in proxies(source)}
+    return [node for node in plan.nodes if node.name in names]
 
 
 def _learning(plan: Plan) -> bool:

@@ -200,8 +200,8 @@ def losses_of(
     goal = algorithm.bellman_targets(terminal, values, mask, ilql.gamma)
     taken = [twin(ilql.cql_coef, *head, batch.targets) for head in heads.twins(hidden)]
     weights = algorithm.awac_weights(q_target, values, ilql.awac_beta)
-    output, bias = roles.base.output_layer
-    logprobs = padded(linear_logprobs(hidden, output, bias, batch.targets).logprobs, mask)
+    (output, bias), layer = roles.base.output_layer, roles.base.output(hidden.dtype)
+    logprobs = padded(linear_logprobs(hidden, output, bias, batch.targets, layer=layer).logprobs, mask)
     losses = Losses(
         q=sum(algorithm.bellman_loss(padded(found.q, mask), goal, mask, tokens) for found in taken),
         v=algorithm.expectile_loss(values, q_target, mask, ilql.tau, tokens),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.shapes import Size
-from rlhf_exp.schema import ExportRun, ILQLRun, PPORun, ProbeRun, RewardRun, SFTRun
+from rlhf_exp.schema import DPORun, ExportRun, ILQLRun, KTORun, PPORun, ProbeRun, RewardRun, SFTRun
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.preflight import targets_of
 
@@ -94,6 +94,15 @@ def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
                 "activations": tokens * _kept(size, BYTES["float32"]),
             }
         return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
+    if isinstance(config, DPORun | KTORun):
+        rows = 2 * min(config.train.micro_batch_size, config.train.batch_size)
+        tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
+        return {
+            "policy": TRAINED * adapter,
+            "ref": 4 * adapter,
+            "activations": tokens * _kept(size, width),
+            "logits": LOGITS,
+        }
     if isinstance(config, ExportRun):
         return (
             {"merged weights": size.parameters * 4}

@@ -10,8 +10,9 @@ from typing import Any
 
 from rlhf_exp.model import shapes
 from rlhf_exp.rewards import functions, parts
-from rlhf_exp.schema import GOLD, LEARNED, RewardSource, Run, proxies, stage_of
-from rlhf_exp.stages import gate
+from rlhf_exp.schema import GOLD, LEARNED, PPORun, RewardSource, Run, proxies, stage_of
+from rlhf_exp.stages import gate, rounds
+from rlhf_exp.stages.context import START
 from rlhf_exp.store.runs import RunFolder
 
 
@@ -104,16 +105,17 @@ class Plan:
         yield f"base   = {name} {here}, {self.base.dtype} on {self.base.device}"
         nodes = {node.name: node for node in self.nodes}
         sft, ppo = nodes.get("sft"), nodes.get("ppo")
-        if sft is not None and (ppo or self.target.stage == "ppo"):  # export may be given a policy alone
+        policy = ppo or self.target.stage in ("ppo", "dpo", "kto")
+        if sft is not None and policy:  # export may be given a policy alone
             if sft.makes_base:
                 name = f"all weights of {sft}"
                 yield f"policy = base ({name}) + a new adapter, trained"
                 yield f"ref    = base ({name})"
             else:
-                yield f"policy = base {name} + {sft}, trained on"
+                yield f"policy = base {name} + {(ppo or self.target).parents.get(START, sft)}, trained on"
                 yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
             source = (ppo or self.target).config
-            if source is not None:
+            if isinstance(source, PPORun):
                 yield from _scorers(source.reward_source, name, nodes)
                 own = (
                     "its own adapter and head" if source.ppo.critic == "own" else "head on the policy's trunk"
@@ -121,6 +123,7 @@ class Plan:
                 if source.ppo.estimator != "gae":
                     own = f"none, {source.ppo.estimator} compares answers"
                 yield f"critic = {own}"
+        yield from rounds.lines(self)
         yield from gate.lines(self)
         for node in self.nodes:
             if not node.is_base:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.errors import InputError, Interrupted
-from rlhf_exp.schema import Run
-from rlhf_exp.stages import STAGES, gate, memory, plan, preflight, signals, summary
-from rlhf_exp.stages.context import ADAPTER, CRITIC, HEAD, ILQL, MODEL, Context
+from rlhf_exp.schema import ReportRun, Run
+from rlhf_exp.stages import STAGES, gate, memory, plan, preflight, report, rounds, signals, summary, trial
+from rlhf_exp.stages.context import ADAPTER, CRITIC, EMA, HEAD, ILQL, MODEL, Context
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store import atomic, states
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
@@ -39,11 +39,13 @@ OBJECTIVES = (
 )
 
 
-def run(config: Run, choices: dict[str, str]) -> float | None:
+def run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
     """Build what `config` asks for and return its objective; None for a dry run.
 
     Raises InputError, with every problem, before anything is loaded.
     """
+    if isinstance(config, ReportRun):  # it reads what others built
+        return report.run(config)
     started = time.monotonic()
     todo = plan.make(config, choices)
     preflight.check(todo)
@@ -60,7 +62,9 @@ def run(config: Run, choices: dict[str, str]) -> float | None:
         preflight.check(todo)
         for line in gate.lines(todo):
             say(line)
+    trial.note(todo)
     make(todo, bases)
+    trial.note(todo)
     say(f"done in {time.monotonic() - started:.0f} s")
     summary.show(todo)
     return objective(todo.target.found)
@@ -183,7 +187,7 @@ def upload(folder: RunFolder, tracker: Tracker) -> None:
     """The results of a finished stage."""
     metrics = folder.read()["metrics"].items()
     tracker.metrics({f"final/{name}": value for name, value in metrics if value is not None}, step=0)
-    for part in (ADAPTER, HEAD, CRITIC, ILQL, gate.PROBE, gate.GATE):
+    for part in (ADAPTER, EMA, HEAD, CRITIC, ILQL, gate.PROBE, gate.GATE):
         if (folder.path / part).is_dir():
             tracker.artifact(folder.path / part, part)
 
@@ -201,8 +205,8 @@ def cached_tags(todo: Plan) -> dict[str, str]:
 
 def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None:
     """Train one stage, or wait for another process that does, and note where the result is."""
-    config = node.config
-    fresh = config.resume == "never" and todo.config.stage in (node.stage, "pipeline")
+    config = node.config = rounds.with_labels(node)
+    fresh = config.resume == "never" and todo.config.stage in (node.name, "pipeline")
     folder = run_folder(config.output_dir, node.stage, node.key, "never" if fresh else "auto")
     with build_lock(folder.path, say):
         node.found = None if fresh else find(config.output_dir, node.stage, node.key)

@@ -15,19 +15,21 @@ from rlhf_exp.model import base as base_model
 from rlhf_exp.model import quantize
 from rlhf_exp.rewards import functions
 from rlhf_exp.schema import (
+    COMPARED,
     GOLD,
     LEARNED,
+    POLICY,
     EvalRun,
     ILQLRun,
     PPORun,
     Run,
+    data_views,
     member_of,
     proxies,
     samples_sft,
     stage_of,
-    views_of,
 )
-from rlhf_exp.stages import STAGES, adapters, data_answers, gate
+from rlhf_exp.stages import STAGES, adapters, data_answers, gate, policies, rounds
 from rlhf_exp.stages.context import MODEL
 from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.keys import run_key
@@ -35,10 +37,13 @@ from rlhf_exp.store.runs import RunFolder, find
 
 ORDER = (
     "sft",
+    "prefer",
     "reward",
     "probe",
     "ppo",
     "ilql",
+    "dpo",
+    "kto",
     "eval",
     "export",
 )  # each stage comes after all that it can stand on
@@ -48,8 +53,10 @@ NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
 def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
     """The roles of what `stage` stands on. new_base: sft trains all weights, so that its result is the base."""
-    if stage == "sft":
+    if stage in ("sft", "prefer"):  # what prefer stands on depends on the round: rounds.py
         return ()
+    if stage in ("dpo", "kto"):
+        return ("sft",)
     if stage == "reward":
         return ("sft",) if new_base or samples_sft(config) else ()
     if stage == "probe":
@@ -59,7 +66,7 @@ def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
     assert isinstance(config, PPORun | ILQLRun | EvalRun)
     gold = config.eval.gold if isinstance(config, EvalRun) else config.reward_source.gold
     scorers = (*proxies(config.reward_source), *([GOLD] if gold == LEARNED else []))
-    return ("sft", *scorers, "ppo") if stage == "eval" else ("sft", *scorers)
+    return ("sft", *scorers, *policies.roles(config.eval)) if stage == "eval" else ("sft", *scorers)
 
 
 def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | None = None) -> Plan:
@@ -75,16 +82,23 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
         target_config = config
     nodes: dict[str, Node] = {}
     new_base = _makes_base(config, choices)
-    # from the target down: a stage asks for what it stands on
-    for each in ORDER[ORDER.index(stage) :: -1]:
-        asked = [name for n in nodes.values() if n.config for name in needs(n.stage, n.config, new_base)]
-        for name in [stage] if each == stage else dict.fromkeys(n for n in asked if stage_of(n) == each):
-            try:
-                half = _half(name, nodes)
-                nodes[name] = _node(name, stage, config, target_config, choices, half)
-            except InputError as error:
-                problems += error.problems
-    nodes = {name: node for each in ORDER for name, node in nodes.items() if node.stage == each}
+    todo, seen = [stage], {stage}
+    while todo:  # from the target down: a stage asks for what it stands on
+        name = max(todo, key=_rank)
+        todo.remove(name)
+        try:
+            half = _half(name, nodes)
+            nodes[name] = _node(name, stage, config, target_config, choices, half, nodes)
+        except InputError as error:
+            problems += error.problems
+            continue
+        asked = [place for place in _parents(nodes[name], nodes, new_base).values() if place not in seen]
+        todo += dict.fromkeys(asked)
+        seen |= set(asked)
+    nodes = {name: nodes[name] for name in sorted(nodes, key=_rank)}
+    problems += rounds.problems(nodes, nodes.get(stage))
+    if isinstance(target_config, EvalRun):
+        problems += policies.problems(target_config.eval)
     if config.model.from_scratch and not new_base:
         problems.append(
             "model.from_scratch=true gives random weights, which have to be trained first: add "
@@ -97,20 +111,22 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
     for node in nodes.values():
         try:
             if node.config is not None:
-                views = views_of(node.config)
+                views = data_views(node.config)
                 node.data = {view: fingerprint(node.config.dataset, view) for view in views}
                 node.data |= data_answers.fingerprints(node.config)
-                node.functions = functions.fingerprints(node.config)
+                node.functions = functions.fingerprints(node.config) | rounds.fingerprints(node.config)
+                node.functions |= policies.contents(node.config, nodes)
             elif node.given:
                 node.key = adapters.content_key(node.stage, node.given)
         except InputError as error:
             problems += error.problems
     problems += _shared_comparisons(nodes)
-    if stage in ("sft", "reward", "probe", "export"):
+    if stage in ("sft", "prefer", "reward", "probe", "dpo", "kto", "export"):
+        used = {rounds.setting(name, stage) for name in nodes}
         problems += [
             f"adapters.{name} is for stages that stand on {name}, which {stage} does not: leave it out"
-            for name in ("sft", "reward", "ppo")
-            if getattr(config.adapters, name) and name not in nodes
+            for name in ("sft", "reward", "labeller", "ppo", "dpo", "kto")
+            if getattr(config.adapters, name) and name not in used
         ]
     if problems:
         raise InputError(dict.fromkeys(problems))
@@ -119,9 +135,9 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
     ordered: list[Node] = []
     for node in list(nodes.values()):
         if node.config is not None:
-            node.parents = {name: nodes[name] for name in needs(node.stage, node.config, new_base)}
+            node.parents = {role: nodes[name] for role, name in _parents(node, nodes, new_base).items()}
             node.base = _base_of(node, nodes.get("sft"), base)
-            fresh = config.resume == "never" and config.stage in (node.stage, "pipeline")
+            fresh = config.resume == "never" and config.stage in (node.name, "pipeline")
             _identify(node, fresh, built or {})
             if again := gate.patched(node, nodes):
                 _identify(again, fresh, built or {})
@@ -129,6 +145,21 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
                 node = nodes[again.name] = again
         ordered.append(node)
     return Plan(nodes[stage], ordered, base, config)
+
+
+def _rank(name: str) -> tuple[float, int]:
+    return rounds.rank(name, ORDER)
+
+
+def _parents(node: Node, nodes: Mapping[str, Node], new_base: bool) -> dict[str, str]:
+    """{role: name of the node that has it} of what a node stands on."""
+    if node.config is None:
+        return {}
+    asked = (
+        *needs(node.stage, node.config, new_base),
+        *rounds.roles(node.name, node.config, nodes, new_base),
+    )
+    return {role: rounds.place(role, node.name, nodes) for role in asked}
 
 
 def _half(name: str, nodes: dict[str, Node]) -> str | None:
@@ -189,20 +220,27 @@ def _node(
     target_config: Run,
     choices: dict[str, str],
     half: str | None,
+    nodes: dict[str, Node],
 ) -> Node:
     if name == target:
         return Node(name, target_config)
+    if name.startswith(POLICY):
+        return rounds.locate(name, nodes, config)
+    if name.startswith(COMPARED):
+        folder, setting = policies.locate(name, target_config, config.tracking, config.output_dir)
+        return Node(name, None, given=folder, setting=setting)
     member, ensemble = member_of(name), config.adapters.reward_ensemble
     if member is not None and ensemble:
         setting, given = "adapters.reward_ensemble", ensemble[member]
     else:
-        setting, given = f"adapters.{name}", getattr(config.adapters, name, None)
+        own = rounds.setting(name, target)
+        setting, given = f"adapters.{own}", getattr(config.adapters, own, None)
     if name == "sft" and given == NO_SFT:
         return Node(name, None)
     if given:
         folder = adapters.locate(stage_of(name), given, config.tracking, config.output_dir, setting)
         return Node(name, None, given=folder, setting=setting)
-    return Node(name, compose.upstream(name, config, choices, half)[0])
+    return Node(name, rounds.config_of(name, config, choices, nodes, half))
 
 
 def base_facts(config: Run, download: bool) -> BaseFacts:

@@ -203,7 +203,7 @@ def iterate(
     if step > ppo.critic_warmup:  # before, the policy stands where it started and its KL says nothing
         state.control(ppo, metrics["objective/kl"], len(prompts))
     if step == 1:
-        check_start(metrics, base.dtype, faults.waived(ppo))
+        check_start(metrics, base.dtype, faults.waived(ppo) | ({"kl"} if actors.ahead else set()))
     clock.append(time.perf_counter())
 
     texts = base.tokenizer.batch_decode(judged(rollout), skip_special_tokens=True)

@@ -13,16 +13,30 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.model import quantize, shapes
 from rlhf_exp.model.base import content_hash
 from rlhf_exp.model.loading import read_tokenizer
-from rlhf_exp.rewards import functions
-from rlhf_exp.schema import EvalRun, ExportRun, ILQLRun, Lora, Model, PPORun, ProbeRun, RewardRun, views_of
-from rlhf_exp.stages import adapters, data_answers, gate, margins
+from rlhf_exp.rewards import functions, judge
+from rlhf_exp.schema import (
+    JUDGE,
+    EvalRun,
+    ExportRun,
+    ILQLRun,
+    Lora,
+    Model,
+    PPORun,
+    PreferRun,
+    ProbeRun,
+    RewardRun,
+    data_views,
+    labelled,
+)
+from rlhf_exp.stages import adapters, compared_check, data_answers, gate, margins
 from rlhf_exp.stages.apart import require_apart
 from rlhf_exp.stages.context import MODEL
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
 
 SPLITS = {"sft": ("train",), "reward": ("train", "validation"), "ppo": ("train",), "eval": ("heldout",)}
-SPLITS |= {"ilql": ("train",), "probe": ()}
+SPLITS |= {"ilql": ("train",), "probe": (), "prefer": ("train", "validation")}
+SPLITS |= {"dpo": ("train", "validation"), "kto": ("train", "validation")}
 SPARE = 100e6  # bytes for logs, tables, figures and MLflow's database
 
 
@@ -47,14 +61,18 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
         if node.config is not None:
             yield lambda node=node: data_answers.kind_of(node.config)
         if node.config is not None and not node.found:
-            for view in views_of(node.config):
+            for view in data_views(node.config):
                 yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
             if isinstance(node.config, ProbeRun):
                 yield lambda node=node: _probes(node.config)
             if isinstance(node.config, PPORun):
                 yield lambda node=node: _algorithm(node)
-            if isinstance(node.config, RewardRun):
+            if isinstance(node.config, RewardRun) and not labelled(node.config):
                 yield lambda node=node: margins.require(node.config)
+            if isinstance(node.config, PreferRun):
+                yield lambda node=node: _judge(node.config, plan)
+            if isinstance(node.config, EvalRun):
+                yield lambda node=node: compared_check.require(node, plan)
             if isinstance(node.config, RewardRun) and node.config.reward.faults:
                 yield lambda node=node: _reward(node.config)
             if isinstance(node.config, ExportRun) and plan.base.folder:
@@ -71,11 +89,18 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
     yield lambda: require_space(output, disk_needed(plan))
 
 
+def _judge(config: PreferRun, plan: Plan) -> None:
+    """What the judge of prefer.labellers=[judge] is and asks."""
+    if JUDGE in config.prefer.labellers:
+        judge.check(config.judge, plan.base.folder)
+
+
 def _probes(config: ProbeRun) -> None:
     """A split that is empty on purpose is fine for training, but leaves nothing to probe with."""
     if config.probe.split == "validation" and not config.dataset.validation_share:
         raise InputError("probe.split=validation needs dataset.validation_share above 0")
-    check_view(config.dataset, "comparisons", (config.probe.split,))
+    if not labelled(config):
+        check_view(config.dataset, "comparisons", (config.probe.split,))
 
 
 def _algorithm(node: Node) -> None:
@@ -185,7 +210,7 @@ def _context(node: Node, plan: Plan) -> None:
     """Positions past the model's context would be computed without an error, and wrongly."""
     config, most = node.config, shapes.context_of(plan.base.folder)
     key, answer = "dataset.max_response_tokens", config.dataset.max_response_tokens
-    sampled = isinstance(config, PPORun | EvalRun | ILQLRun)
+    sampled = isinstance(config, PPORun | EvalRun | ILQLRun | PreferRun)
     if sampled and not (_reads_answers(config) and answer > config.generation.max_new_tokens):
         key, answer = "generation.max_new_tokens", config.generation.max_new_tokens
     prompt = config.dataset.max_prompt_tokens
@@ -210,7 +235,7 @@ def disk_needed(plan: Plan) -> float:
     needed = SPARE
     weights = plan.shapes
     for node in plan.missing:
-        if node.stage in ("eval", "probe"):
+        if node.stage in ("eval", "probe", "prefer"):
             continue
         if isinstance(node.config, ExportRun) and node.config.export.form == "merged":
             needed += 4 * sum(math.prod(shape) for shape in weights.values())

@@ -1,8 +1,9 @@
-"""Checks of the self-check that are about where things come from: adapters, templates, prompts, memory."""
+"""Checks of the self-check that are about where things come from: adapters, heads, templates, prompts, memory."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt, opening_id
 from rlhf_exp.errors import InputError
+from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.rollout.engine import Rollout, judged
 from rlhf_exp.schema import VIEW, Dataset, PPORun, Reward
 from rlhf_exp.stages import faults, memory, reward_faults
 from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.adapters import BASE
-from rlhf_exp.stages.context import Context
+from rlhf_exp.stages.context import HEAD_FILE, Context
 from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.frozen import CONFIG
 
@@ -29,13 +31,17 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the list. name: as `faults` waives it; cause: what is wrong, and the config key to look at."""
+    """One line of the list. name: as `faults` waives it; cause: what is wrong, and the config key to look at.
+
+    note: where it is not so, the configuration asks for it: the list says it, and nothing stops.
+    """
 
     name: str
     title: str
     ok: bool
     detail: str
     cause: str
+    note: bool = False
 
 
 def adapters(context: Context, stages: Iterable[str]) -> Check:
@@ -59,6 +65,29 @@ def adapters(context: Context, stages: Iterable[str]) -> Check:
         (f"not {', '.join(wrong)}" if wrong else known)
         + (f"; by shape alone: {', '.join(mute)}" if mute else ""),
         f"{', '.join(f'adapters.{stage}' for stage in wrong)} was trained on another base: set model to that one",
+    )
+
+
+def reward_heads(context: Context, actors: Actors) -> Check:
+    """The heads that score are those that were trained, and saving keeps them bit for bit."""
+    wrong = []
+    for role, head in actors.reward_heads.items():
+        with tempfile.TemporaryDirectory() as folder:
+            head.save(Path(folder) / HEAD_FILE)
+            others = (ScalarHead.load(Path(folder) / HEAD_FILE), ScalarHead.load(context.head(role)))
+        for other in others:
+            same = (
+                torch.equal(a, b.to(a.device))
+                for a, b in zip(head.parameters(), other.parameters(), strict=True)
+            )
+            if not all(same) and role not in wrong:
+                wrong.append(role)
+    return Check(
+        "reward_head",
+        "reward heads are the trained ones after save and load",
+        not wrong,
+        ", ".join(wrong or actors.reward_heads),
+        "the scores would mean nothing: adapters.reward, or train the reward stage again (resume=never)",
     )
 
 

@@ -51,4 +51,5 @@ def losses(actors: Actors, demonstrations: Demonstrations, rows: list[int], micr
         # of these rows alone: among all of them the mask would be as wide as the longest of the data
         batch = answers(rows_of(demonstrations.rows, piece), range(len(piece)), base)
         hidden = hidden_before(actors.roles, "policy", batch)
-        yield -linear_logprobs(hidden, weight, bias, batch.targets).logprobs.sum() / tokens
+        found = linear_logprobs(hidden, weight, bias, batch.targets, layer=base.output(hidden.dtype))
+        yield -found.logprobs.sum() / tokens

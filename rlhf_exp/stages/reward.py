@@ -72,6 +72,7 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         trainer.add_callback(supervised.LogTo(log, NAMES))
         loss = supervised.train(trainer, (weights, optimizer, scheduler), context, log, steps, found)
         base.model.eval()
+        log.finish_steps()
         if config.reward.center:
             center(config, context, roles, head, rows["train"], pairs["train"])
         metrics: dict[str, float] = {}

@@ -6,11 +6,9 @@ Nothing global is drawn and no weight, gradient or optimiser is touched: a run i
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,16 +16,15 @@ from torch import Tensor
 from rlhf_exp.algorithms.logits import OutputLayer
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.errors import InputError
-from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.rewards.learned import score_sequences
 from rlhf_exp.rollout.engine import Rollout, generate
 from rlhf_exp.rollout.noise import row_key
-from rlhf_exp.rollout.scoring import answer_logprobs, answers, hidden_before
+from rlhf_exp.rollout.scoring import Answers, answer_logprobs, answers, chosen, hidden_before
 from rlhf_exp.rollout.texts import forbidden
-from rlhf_exp.schema import PPORun
+from rlhf_exp.schema import Generation, PPORun
 from rlhf_exp.stages import faults, provenance
 from rlhf_exp.stages.actors import Actors, policy_and_value
-from rlhf_exp.stages.context import HEAD_FILE, Context
+from rlhf_exp.stages.context import Context
 from rlhf_exp.stages.experience import Seen, look
 from rlhf_exp.stages.provenance import Check
 
@@ -39,6 +36,16 @@ TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.05}
 # also that of rows scored alone and in a padded batch
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 WIDTH = 5
+# the sampler's processors, and where each changes nothing
+IDLE = {
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+    "begin_suppress_tokens": [],
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+}
 
 
 def run(
@@ -55,9 +62,9 @@ def run(
     with torch.random.fork_rng(devices=devices):
         found = list(checks(config, context, actors, prompts, encoded))
     waived = faults.waived(config.ppo)
-    failed = [check for check in found if not check.ok and check.name not in waived]
+    failed = [check for check in found if not (check.ok or check.note or check.name in waived)]
     for check in found:
-        state = "ok" if check.ok else "FAIL" if check in failed else "(off)"
+        state = "ok" if check.ok else "note" if check.note else "FAIL" if check in failed else "(off)"
         line = f"{state:{WIDTH}} {check.title} ({check.detail})"
         print(line if check.ok else f"{line}: {check.cause}", flush=True)
     if failed and config.selfcheck == "strict":
@@ -87,8 +94,9 @@ def checks(
     except FloatingPointError as error:
         cause = "the base's weights or the SFT adapter (adapters.sft), or model.dtype"
         yield Check("finite", "answers can be sampled", False, str(error), cause)
+    yield from raw_logprobs(config.generation)
     if actors.reward_heads:
-        yield reward_heads(context, actors)
+        yield provenance.reward_heads(context, actors)
         yield provenance.reward_tokens(config, context, actors, prompts, encoded)
     yield provenance.adapters(context, ("sft", *actors.reward_heads))
     yield provenance.overlap(config, context, prompts)
@@ -140,8 +148,12 @@ class Trial:
         return look(self.short, self.actors, self.rollout, [self.rows])
 
     @cached_property
+    def everything(self) -> Answers:
+        return answers(self.rollout, range(len(self.rollout.prompts)), self.actors.base)
+
+    @property
     def mask(self) -> Tensor:
-        return answers(self.rollout, range(len(self.rollout.prompts)), self.actors.base).mask
+        return self.everything.steps
 
     @property
     def size(self) -> str:
@@ -160,6 +172,11 @@ class Trial:
 def kl_is_zero(trial: Trial) -> Check:
     """Policy and reference are the same model."""
     worst = float((trial.seen.logprobs - trial.seen.ref_logprobs)[trial.mask].abs().max())
+    if trial.actors.ahead:
+        found = f"{trial.size}, largest difference {worst:.2g}"
+        return Check(
+            "kl", "the policy starts where the last round left it (prefer.start=last)", True, found, ""
+        )
     return Check(
         "kl",
         "KL to the reference is 0",
@@ -178,7 +195,7 @@ def ratio_is_one(trial: Trial) -> Check:
         with torch.enable_grad():
             hidden, _ = policy_and_value(trial.actors, batch)
             now = answer_logprobs(base, hidden, batch, trial.short.generation).logprobs.detach()
-        ratio = (now - trial.seen.logprobs[batch.rows][batch.mask]).exp()
+        ratio = (chosen(now, batch) - trial.seen.logprobs[batch.rows][batch.steps]).exp()
         worst = max(worst, float((ratio - 1).abs().max()))
     return Check(
         "ratio",
@@ -192,12 +209,10 @@ def ratio_is_one(trial: Trial) -> Check:
 @torch.no_grad()
 def sampler_agrees(trial: Trial) -> Check:
     """Cached decoding and the forward over whole answers give the same log-probs."""
-    sampled = torch.cat(trial.rollout.logprobs).to(trial.mask.device)
+    sampled = chosen(torch.cat(trial.rollout.logprobs).to(trial.mask.device), trial.everything)
     difference = (trial.seen.logprobs[trial.mask] - sampled).abs()
-    if trial.config.generation.logprob_mode == "raw":
-        detail = f"mean {float(difference.mean()):.2g}, largest {float(difference.max()):.2g}, raw"
-    else:
-        detail = f"mean {float(difference.mean()):.2g}, largest {float(difference.max()):.2g}"
+    raw = ", raw" if trial.config.generation.logprob_mode == "raw" else ""
+    detail = f"mean {float(difference.mean()):.2g}, largest {float(difference.max()):.2g}{raw}"
     return Check(
         "sampler",
         "the sampler's log-probs are the scoring forward's",
@@ -258,24 +273,15 @@ def eos_reachable(trial: Trial) -> Check:
     )
 
 
-def reward_heads(context: Context, actors: Actors) -> Check:
-    """The heads that score are those that were trained, and saving keeps them bit for bit."""
-    wrong = []
-    for role, head in actors.reward_heads.items():
-        with tempfile.TemporaryDirectory() as folder:
-            head.save(Path(folder) / HEAD_FILE)
-            others = (ScalarHead.load(Path(folder) / HEAD_FILE), ScalarHead.load(context.head(role)))
-        for other in others:
-            same = (
-                torch.equal(a, b.to(a.device))
-                for a, b in zip(head.parameters(), other.parameters(), strict=True)
-            )
-            if not all(same) and role not in wrong:
-                wrong.append(role)
-    return Check(
-        "reward_head",
-        "reward heads are the trained ones after save and load",
-        not wrong,
-        ", ".join(wrong or actors.reward_heads),
-        "the scores would mean nothing: adapters.reward, or train the reward stage again (resume=never)",
-    )
+def raw_logprobs(generation: Generation) -> Iterator[Check]:
+    """Says so where ratios and KL are of another distribution than the answers. It was asked for: no failure."""
+    on = [f"{name}={getattr(generation, name)}" for name in IDLE if getattr(generation, name) != IDLE[name]]
+    if generation.logprob_mode == "raw" and on:
+        yield Check(
+            "raw",
+            "log-probs are not of the distribution that answers are sampled from",
+            False,
+            ", ".join(on),
+            "KL and ratios are biased by these, as generation.logprob_mode=raw asks; sampled replays them",
+            note=True,
+        )

@@ -1,4 +1,4 @@
-"""What the two stages on transformers' Trainer (sft, reward) share: its arguments and where its logs go."""
+"""What the stages on transformers' Trainer (sft, reward, dpo, kto) share: its arguments and where its logs go."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rlhf_exp.model.base import Base
-from rlhf_exp.schema import RewardRun, SFTRun, Train
+from rlhf_exp.schema import DPORun, KTORun, RewardRun, SFTRun, Train
 from rlhf_exp.stages import checkpoint
 from rlhf_exp.stages.checkpoint import Checkpoint, Keeper
 from rlhf_exp.stages.context import Context
@@ -31,7 +31,9 @@ def steps_of(train: Train, rows: int) -> int:
 
 
 @contextmanager
-def trainer_arguments(config: SFTRun | RewardRun, base: Base, steps: int) -> Iterator[dict[str, Any]]:
+def trainer_arguments(
+    config: SFTRun | RewardRun | DPORun | KTORun, base: Base, steps: int
+) -> Iterator[dict[str, Any]]:
     """Keyword arguments of TrainingArguments; its output folder is temporary, since we save by ourselves."""
     micro = min(config.train.micro_batch_size, config.train.batch_size)
     with TemporaryDirectory() as folder:
@@ -151,8 +153,10 @@ def without_printing(trainer: Any) -> None:
 
 @contextmanager
 def as_before(base: Base) -> Iterator[None]:
-    """Undo what a Trainer does to the shared model: a forward of its own, marks, config entries, training mode."""
-    changed = [(owner.__dict__, dict(owner.__dict__)) for owner in (base.model, base.model.config)]
+    """Undo what a Trainer does to the shared model: a forward of its own, marks, configs, training mode, PAD."""
+    owners = (base.model, base.model.config, base.model.generation_config)
+    changed = [(owner.__dict__, dict(owner.__dict__)) for owner in owners if owner is not None]
+    pad = base.tokenizer.pad_token
     try:
         yield
     finally:
@@ -160,6 +164,8 @@ def as_before(base: Base) -> Iterator[None]:
             for name in attributes.keys() - before.keys():
                 del attributes[name]
             attributes.update(before)
+        if base.tokenizer.pad_token != pad:
+            base.tokenizer.pad_token = pad
         base.model.eval()
 
 

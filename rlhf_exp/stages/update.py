@@ -11,7 +11,7 @@ from rlhf_exp.algorithms.kl import kl_divergence_estimate
 from rlhf_exp.algorithms.masked import masked_sum, sequence_weights
 from rlhf_exp.algorithms.ppo import policy_loss, value_loss
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.scoring import answer_logprobs, answers
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, chosen
 from rlhf_exp.schema import PPO, PPORun
 from rlhf_exp.stages import faults, ptx
 from rlhf_exp.stages.actors import Actors, states, values
@@ -155,10 +155,11 @@ def loss_of(
     ppo = config.ppo
     batch = answers(rollout, rows, actors.base)
     old = experience.of(batch.rows)
-    weights = sequence_weights(batch.mask) if ppo.loss_mean == "sequence" else None
+    mask = batch.steps
+    weights = sequence_weights(mask) if ppo.loss_mean == "sequence" else None
 
     def mean(x: Tensor) -> Tensor:
-        return masked_sum(x if weights is None else x * weights, batch.mask) / denominator
+        return masked_sum(x if weights is None else x * weights, mask) / denominator
 
     entropic = ppo.entropy_coef > 0 and not critic_only
     hidden, read = states(actors, batch) if first is None else (first.hidden, first.read)
@@ -168,12 +169,12 @@ def loss_of(
         else first.now
     )
     value = values(actors, read, detached=critic_only)
-    logprobs = padded(now.logprobs, batch.mask)
+    logprobs = padded(chosen(now.logprobs, batch), mask)
     policy = policy_loss(
         logprobs,
         old.logprobs,
         old.advantages,
-        batch.mask,
+        mask,
         ppo.cliprange,
         ppo.cliprange if ppo.cliprange_high is None else ppo.cliprange_high,
         denominator,
@@ -188,17 +189,17 @@ def loss_of(
     }
     loss = torch.zeros_like(policy.loss) if critic_only else policy.loss
     if entropic:
-        loss = loss - ppo.entropy_coef * mean(padded(now.entropy, batch.mask))
+        loss = loss - ppo.entropy_coef * mean(padded(chosen(now.entropy, batch), mask))
     if ppo.kl_in == "loss" and not critic_only:
-        kl = kl_divergence_estimate(logprobs, old.ref_logprobs, ppo.kl_estimator, batch.mask)
+        kl = kl_divergence_estimate(logprobs, old.ref_logprobs, ppo.kl_estimator, mask)
         loss = loss + ppo.kl_coef * mean(kl)
         shares["policy/kl_loss"] = mean(kl).detach()
     if value is not None:
         critic = value_loss(
-            padded(value, batch.mask),
+            padded(chosen(value, batch), mask),
             old.values,
             old.returns,
-            batch.mask,
+            mask,
             ppo.cliprange_value,
             denominator,
             weights,

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 RECORD = "run.json"
 # Logs are for reading, not inputs of a later stage, and their writer may still have them open.
 LOGS = (".jsonl", ".log")
+DATA = ("comparisons.jsonl",)  # a log by its name, but what later stages train on
 SHOWN = 5  # problems that are named one by one
 
 
@@ -39,7 +40,9 @@ def _files(folder: Path) -> list[str]:
         found += [
             Path(parent, name).relative_to(folder).as_posix() for name in names if not name.startswith(".")
         ]
-    return sorted(name for name in found if name not in (MANIFEST, RECORD) and not name.endswith(LOGS))
+    return sorted(
+        name for name in found if name in DATA or (name not in (MANIFEST, RECORD) and not name.endswith(LOGS))
+    )
 
 
 def write(folder: Path) -> str:

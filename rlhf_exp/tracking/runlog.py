@@ -20,6 +20,7 @@ SAMPLE_ROWS = 2000  # the tracker's table holds the latest of them; samples.json
 
 class _Shows(Protocol):
     def update(self, step: int, metrics: Mapping[str, object]) -> None: ...
+    def finish(self) -> None: ...
 
 
 class RunLog:
@@ -79,6 +80,11 @@ class RunLog:
         self._rows = self._rows[-SAMPLE_ROWS:]
         if rows:
             self._tracker.table("samples", self._rows)
+
+    def finish_steps(self) -> None:
+        """No step comes any more: what is shown of them ends. Samples may still come."""
+        if self._progress is not None:
+            self._progress.finish()
 
     def commit(self) -> None:
         """Tell the tracker what it was not told yet."""

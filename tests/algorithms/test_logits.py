@@ -7,6 +7,7 @@ import torch
 
 from rlhf_exp.algorithms import logits
 from rlhf_exp.algorithms.logits import OutputLayer, bfloat16_factors, rows_at_once
+from rlhf_exp.algorithms.logprob import linear_logprobs
 
 
 def problem(n=7, v=50, d=64, dtype=torch.bfloat16):
@@ -55,3 +56,17 @@ def test_rows_at_once(monkeypatch):
     monkeypatch.setattr(logits, "LOGIT_BUDGET", 101)
     assert rows_at_once(torch.empty(50, 4)) == 2
     assert rows_at_once(torch.empty(102, 4)) == 1  # a vocabulary larger than the budget
+
+
+def test_a_layer_that_was_made_before_knows_what_of():
+    hidden, weight, bias = problem()
+    layer = OutputLayer(weight, bias, torch.bfloat16)
+    targets = torch.arange(len(hidden))
+    found = linear_logprobs(hidden, weight, bias, targets, layer=layer).logprobs
+    assert torch.equal(found, linear_logprobs(hidden, weight, bias, targets).logprobs)
+    assert layer.is_of(weight, torch.bfloat16)
+    assert not layer.is_of(weight, torch.float32) and not layer.is_of(weight.clone(), torch.bfloat16)
+    weight.mul_(2)
+    assert not layer.is_of(weight, torch.bfloat16)
+    with pytest.raises(ValueError, match="another weight"):
+        linear_logprobs(hidden, weight, bias, targets, layer=layer)

@@ -22,6 +22,10 @@ TREE = {
 # written out, so that a stage that loses a group is noticed
 GROUPS = {
     "sft": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
+    "prefer": {
+        *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
+        "generation",
+    },
     "reward": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "probe": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "ppo": {
@@ -32,11 +36,14 @@ GROUPS = {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("ilql", "generation", "reward_source"),
     },
+    "dpo": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
+    "kto": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "eval": {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("generation", "reward_source"),
     },
     "export": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
+    "report": {"tracking"},
     "pipeline": {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("ppo", "generation", "reward_source"),
@@ -44,14 +51,20 @@ GROUPS = {
 }
 CLASSES = {
     "sft": schema.SFTRun,
+    "prefer": schema.PreferRun,
     "reward": schema.RewardRun,
     "probe": schema.ProbeRun,
     "ppo": schema.PPORun,
     "ilql": schema.ILQLRun,
+    "dpo": schema.DPORun,
+    "kto": schema.KTORun,
     "eval": schema.EvalRun,
     "export": schema.ExportRun,
+    "report": schema.ReportRun,
     "pipeline": schema.PipelineRun,
 }
+WITH_A_MODEL = [stage for stage in GROUPS if "model" in GROUPS[stage]]
+NEEDED = {"report": ["inputs=outputs"]}
 
 
 def test_the_groups_are_those_of_the_design():
@@ -61,12 +74,16 @@ def test_the_groups_are_those_of_the_design():
 
 @pytest.mark.parametrize("stage", GROUPS)
 def test_a_stage_has_its_class_its_groups_and_their_defaults(stage):
-    run, choices = compose.compose([f"stage={stage}"])
+    run, choices = compose.compose([f"stage={stage}", *NEEDED.get(stage, [])])
     assert type(run) is CLASSES[stage]
     assert run.stage == stage
     assert set(choices) == {"stage", *GROUPS[stage]}
     expected = {"model": "smollm2_135m", "lora": "default", "dataset": "reviews", "strategy": "single"}
-    assert choices.items() >= {**expected, "tracking": "mlflow", "dataset/template": "plain"}.items()
+    expected |= {"tracking": "mlflow", "dataset/template": "plain"}
+    assert (
+        choices.items()
+        >= {group: choice for group, choice in expected.items() if group in GROUPS[stage]}.items()
+    )
     for group in conftree.ORDER:
         assert conftree.has_group(stage, group) == (group in GROUPS[stage] | {"stage", "experiment", "sweep"})
 
@@ -83,7 +100,7 @@ def test_every_option_composes_and_is_reported(group, option):
 
 
 @pytest.mark.parametrize("model", TREE["model"])
-@pytest.mark.parametrize("stage", GROUPS)
+@pytest.mark.parametrize("stage", WITH_A_MODEL)
 def test_every_stage_takes_every_model(stage, model):
     run, _ = compose.compose([f"stage={stage}", f"model={model}"])
     assert run.model.name == model
@@ -94,7 +111,7 @@ def test_every_stage_takes_every_model(stage, model):
 
 
 @pytest.mark.parametrize("dataset", TREE["dataset"])
-@pytest.mark.parametrize("stage", GROUPS)
+@pytest.mark.parametrize("stage", WITH_A_MODEL)
 def test_every_stage_takes_every_dataset(stage, dataset):
     """Those that have its view, whose loader has it too; the others are refused in a sentence."""
     from rlhf_exp.data import load
@@ -185,8 +202,8 @@ def test_an_experiment_and_all_it_stands_on(experiment):
     ("option", "stages", "trials"),
     [
         ("kl", ["ppo", "pipeline"], 5),
-        ("lr", ["sft", "reward", "ppo", "ilql", "pipeline"], 4),
-        ("sampling", ["ppo", "ilql", "eval", "pipeline"], 4),
+        ("lr", ["sft", "reward", "ppo", "ilql", "dpo", "kto", "pipeline"], 4),
+        ("sampling", ["prefer", "ppo", "ilql", "eval", "pipeline"], 4),
     ],
 )
 def test_a_sweep_needs_no_flag_and_knows_its_stages(option, stages, trials):

@@ -104,6 +104,7 @@ def main() -> None:
         "stages.sft",
         "stages.reward",
         "stages.ilql",
+        "stages.direct_trainer",
     ):
         importlib.import_module(f"rlhf_exp.{name}")
     from trl import SFTTrainer  # noqa: F401

@@ -39,12 +39,15 @@ STAGES = {
     # 40 pairs: an epoch ends within the run
     "reward": ("stage=reward", *LORA, TRAIN, "dataset.limit=40"),
     "full": ("stage=sft", "lora=full", "train={steps: 3, batch_size: 4, micro_batch_size: 4}"),
+    # 20 pairs: the last batch of an epoch is a small one
+    "dpo": ("stage=dpo", "adapters.sft=base", *LORA, TRAIN, "dataset.limit=20"),
+    "kto": ("stage=kto", "adapters.sft=base", *LORA, TRAIN, "dataset.limit=20"),
     "ilql": (
         *("stage=ilql", "adapters.sft=base", "reward_source=length", "lora.r=4", TRAIN),
         *("ilql={betas: [1], eval_prompts: 2}", "generation.max_new_tokens=4"),
     ),
 }
-POINTS = {"ppo": 20, "sft": 6, "reward": 6, "full": 3, "ilql": 5}
+POINTS = {"ppo": 20, "sft": 6, "reward": 6, "full": 3, "ilql": 5, "dpo": 3, "kto": 3}
 KINDS = ("rollout", "scoring", "update", "log", "mlflow", "disk")
 CLOCK = ("time/", "tokens_per_second")
 

@@ -158,6 +158,9 @@ def test_the_report(smoke):
     assert [policy["name"] for policy in evaluation["policies"]] == ["sft", kept, "ppo@3"]
     for policy in (*evaluation["policies"], evaluation["data"]):
         assert policy["name"] in page
+    accuracy = json.loads((smoke.folder("reward") / "run.json").read_text())["metrics"]["validation/accuracy"]
+    assert f"It prefers the chosen answer in {accuracy:.1%} of 32 validation pairs" in page
+    assert "Scored above the real answer" in page  # the probes
 
 
 def test_what_is_printed(smoke):

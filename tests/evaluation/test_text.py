@@ -66,7 +66,9 @@ def test_measure_collects_all():
     assert found == {
         "length": 2.0,
         "length_min": 1.0,
+        "distinct_1": 3 / 6,  # 1 2 | 9 | 1 2 1
         "distinct_2": 2 / 3,  # 12 | | 12 21
+        "distinct_3": 1.0,  # | | 121
         "repetition": 0.0,
         "empty_rate": 1 / 3,
         "eos_rate": 2 / 3,

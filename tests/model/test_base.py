@@ -152,3 +152,16 @@ def test_roles_on_a_quantised_base(kind, monkeypatch, ids):
             assert (roles.trunk(BASE, ids) - plain).abs().max() == 0
         assert {name: type(module) for name, module in base.model.named_modules()} == modules
         assert not base.model._hf_peft_config_loaded
+
+
+def test_the_output_layer_is_converted_once_and_again_when_it_changed(tiny_path):
+    base = load_base(Model(name="tiny", path=str(tiny_path), dtype="bfloat16"), "cpu")
+    weight, _ = base.output_layer
+    hidden = torch.randn(3, base.hidden_size).bfloat16()
+    first = base.output(torch.bfloat16)
+    assert base.output(torch.bfloat16) is first
+    before = first(hidden)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(base.output(torch.bfloat16)(hidden), 2 * before)
+    assert base.output(torch.float32) is not base.output(torch.bfloat16)

@@ -21,3 +21,9 @@ def test_score_is_read_at_the_last_real_token_whatever_the_batch(base, roles):
         got = score_sequences(roles, "ref", head, sequences, size)
         assert got == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 4
+
+
+def test_it_is_told_how_many_are_done(roles, base):
+    told = []
+    score_sequences(roles, "ref", ScalarHead(base.hidden_size), [[5, 2]] * 5, 2, told.append)
+    assert told == [2, 4, 5]

@@ -103,3 +103,24 @@ def test_minilm_says_what_its_card_says():
     responses = ["That is a very happy person", "That is a happy dog", "Today is a sunny day"]
     scores = functions.score("relevance", prompts, responses)
     assert scores == pytest.approx([0.943, 0.695, 0.257], abs=0.002)
+
+
+def test_an_encoder_is_found_by_folder_or_by_hub_id(folder, monkeypatch):
+    assert relevance.find(str(folder)) == folder
+    assert relevance.find("owner/nobody-has-it") is None  # not here, and not to be fetched
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
+    assert relevance.fingerprint(str(folder)) != "hub:owner/name"
+    for name in ("./nowhere", "nowhere", "a/b/c"):
+        with pytest.raises(InputError, match="is no model folder"):
+            relevance.find(name)
+
+
+def test_means_over_answers_and_over_those_with_a_reference(folder):
+    prompts, answers = TEXTS[:3], ["mix flour and water", "", "bread"]
+    cosines = [
+        float(vector(folder, p) @ vector(folder, a)) if a else 0.0
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    found = relevance.measure(str(folder), prompts, [None, None, "bread"], answers, "cpu")
+    assert found == pytest.approx({"relevance": sum(cosines) / 3, "reference_relevance": 1.0}, abs=1e-5)
+    assert set(relevance.measure(str(folder), prompts, [None] * 3, answers, "cpu")) == {"relevance"}

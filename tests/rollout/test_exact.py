@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rlhf_exp.algorithms.kl import kl_divergence_estimate
+from rlhf_exp.algorithms.logits import OutputLayer
 from rlhf_exp.algorithms.support import Support
 from rlhf_exp.rollout.sampler import kept, processed, records, restricts
 from rlhf_exp.rollout.scoring import Answers, answer_logprobs
@@ -24,8 +25,11 @@ V, EOS = 5, 4
 P = [1.2, -0.4, 0.3, 0.9, 0.6]
 Q = [-0.5, 0.8, 1.1, 0.2, -0.9]
 HISTORY = [2, 0, 2]  # a prompt, at position 0; with one answer token more at position 1
+WEIGHT = torch.eye(V, dtype=torch.float64)
+LAYER = OutputLayer(WEIGHT, None, WEIGHT.dtype)
 BASE = SimpleNamespace(
-    output_layer=(torch.eye(V, dtype=torch.float64), None),
+    output_layer=(WEIGHT, None),
+    output=lambda dtype: LAYER,
     tokenizer=SimpleNamespace(convert_tokens_to_ids={"c": 2}.get, unk_token_id=None, unk_token=None),
     eos_id=EOS,
 )

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_exp import schema
 from rlhf_exp.errors import InputError
+from rlhf_exp.paths import conf_dir
 from rlhf_exp.schema import PPO
 from rlhf_exp.stages import guards
 from rlhf_exp.stages.guards import BOUNDS, Guards, trend
@@ -311,3 +312,10 @@ def test_what_cannot_work_is_refused():
     assert problems(hacking_window=3) == ["ppo.guards.hacking_window must be at least 4, or 0 for off, got 3"]
     (line,) = problems(kl_action="halt")
     assert "must be one of warn, raise_kl, lower_lr, rollback, stop" in line
+
+
+def test_the_page_names_what_has_to_be_a_number():
+    page = (conf_dir().parent / "docs" / "guards.md").read_text(encoding="utf-8")
+    section = page.partition("### nan and inf\n")[2].partition("\n## ")[0]
+    assert "critic/grad_norm" in guards.SOUND
+    assert [name for name in (*guards.SOUND, guards.BROKEN) if f"`{name}`" not in section] == []

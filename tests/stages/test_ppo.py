@@ -351,6 +351,8 @@ def test_a_wrong_ratio_alone_is_an_error():
 
 # ---------------------------------------------------------------- it learns
 
+STEPS = 20
+
 
 @pytest.fixture(scope="module")
 def good(base) -> set[int]:
@@ -375,9 +377,9 @@ def learned(base, good, tmp_path_factory):
         model=Model(name="tiny", source="builtin", lora_targets=["q_proj", "v_proj", "o_proj", "down_proj"]),
         lora=Lora(r=8),
         dataset=Dataset(name="reviews", family="reviews", views=Views(*["builtin:reviews"] * 3)),
-        ppo=PPO(steps=14, batch_size=64, micro_batch_size=64, kl_coef=0.01, save_every=5),
+        ppo=PPO(steps=STEPS, batch_size=64, micro_batch_size=64, kl_coef=0.01, save_every=5),
         generation=Generation(max_new_tokens=2),
-        optim=Optim(lr=1e-2, schedule="constant"),
+        optim=Optim(lr=1.5e-2, schedule="constant"),
         reward_source=RewardSource(kind="function", function="length"),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -390,10 +392,10 @@ def learned(base, good, tmp_path_factory):
 def test_a_simple_reward_rises(learned):
     path, result = learned
     metrics = read_metrics(path / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == list(range(1, 15))
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     scores = [line["objective/scores"] for line in metrics]
     assert 0.37 < scores[0] < 0.63  # 128 tokens: three standard errors
-    assert sum(scores[-3:]) / 3 > 0.7
+    assert sum(scores[-3:]) / 3 > 0.7  # .85 to .90 with seeds 0 to 9
     assert metrics[0]["objective/kl"] == 0
     assert metrics[-1]["objective/kl"] > 0.1
     assert result["objective/scores"] == scores[-1]
@@ -402,24 +404,25 @@ def test_a_simple_reward_rises(learned):
 def test_the_value_head_learns_the_return(learned):
     metrics = read_metrics(learned[0] / "metrics.jsonl")
     assert metrics[0]["critic/explained_variance"] == pytest.approx(0, abs=1e-6)  # it starts at 0
-    assert metrics[-1]["critic/loss"] < 0.5 * metrics[0]["critic/loss"]
+    assert metrics[-1]["critic/loss"] < 0.5 * metrics[0]["critic/loss"]  # .08 to .34 of it with seeds 0 to 9
 
 
 def test_adapters_are_kept_and_differ(learned):
     path, _ = learned
-    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step_00005", "step_00010"]
+    kept = ["step_00005", "step_00010", "step_00015"]
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == kept
     contents = {
         (folder / "adapter_model.safetensors").read_bytes()
         for folder in (path / "adapter", *(path / "checkpoints").iterdir())
     }
-    assert len(contents) == 3
+    assert len(contents) == 4
     assert (path / "head" / "head.safetensors").is_file()
     assert not (path / "critic").exists()  # it is the policy's trunk
 
 
 def test_samples_of_every_iteration(learned):
     rows = list(read_lines(learned[0] / "samples.jsonl"))
-    assert Counter(row["step"] for row in rows) == dict.fromkeys(range(1, 15), 4)
+    assert Counter(row["step"] for row in rows) == dict.fromkeys(range(1, STEPS + 1), 4)
     assert set(rows[0]) == {"step", "prompt", "response", "score", "ended"}
 
 

@@ -459,9 +459,9 @@ def test_samples_of_the_sft_policy_score_zero_on_average(
     seen = []
     plain = centring.score_sequences
 
-    def spy(roles, role, head, sequences, size):
+    def spy(roles, role, head, sequences, *more):
         seen.extend(sequences)
-        return plain(roles, role, head, sequences, size)
+        return plain(roles, role, head, sequences, *more)
 
     monkeypatch.setattr(centring, "score_sequences", spy)
     given = context(**({"sft": adapters["sft"]} if with_sft else {}))
@@ -513,6 +513,45 @@ def sampled_by(base, adapter, sequences, run) -> bool:
     if adapter is None:
         return True
     return likelihood(PeftModel.from_pretrained(plain, adapter)) > of_base
+
+
+@pytest.mark.parametrize(("center_on", "total"), [("chosen", 6), ("samples", 12)])
+def test_it_shows_how_far_it_is(base, config, context, capsys, center_on, total):
+    """Answers scored, and before them answers sampled, four at a time: a line at the first step and at the last."""
+    reward.run(config(steps=1, rows=6, batch=6, micro=2, center_on=center_on), context())
+    found = capsys.readouterr().out.splitlines()
+    said = [line.split() for line in found if line.startswith("center ")]
+    assert (said[0][1], said[-1][1]) == (f"4/{total}", f"{total}/{total}")
+    assert (said[0][-2], said[-1][-1]) == ("eta", "done")
+    (trained,) = [line for line in found if line.startswith("reward ")]  # said once, and not again at its end
+    assert trained.endswith("done")
+
+
+def test_the_bar_of_the_training_has_ended_by_then(base, config, context, monkeypatch):
+    """Two bars on one terminal would write over each other."""
+    from rlhf_exp import progress
+    from rlhf_exp.stages import centring
+
+    alive, seen = [], []
+
+    class Bar(progress.Progress):
+        def __enter__(self):
+            alive.append(self.stage)
+            return super().__enter__()
+
+        def __exit__(self, *given):
+            if self.stage in alive:
+                alive.remove(self.stage)
+            super().__exit__(*given)
+
+        def update(self, step, metrics):
+            seen.append(tuple(alive))
+            super().update(step, metrics)
+
+    monkeypatch.setattr("rlhf_exp.stages.context.Progress", Bar)
+    monkeypatch.setattr(centring, "Progress", Bar)
+    reward.run(config(steps=1, rows=6, batch=6), context())
+    assert set(seen) == {("reward",), ("center",)}
 
 
 def test_samples_make_the_sft_stage_a_parent(config):

@@ -179,6 +179,42 @@ def test_a_fault_waives_its_own_check_and_no_other(started, fault, title, capsys
     assert off[0].startswith(f"(off) {title} (")
 
 
+# ---------------------------------------------------------------- what was asked for, but has to be known
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"top_k": 5, "min_new_tokens": 0}, "top_k=5"),
+        ({"top_p": 0.8, "min_p": 0.05, "min_new_tokens": 0}, "top_p=0.8, min_p=0.05"),
+        ({"repetition_penalty": 1.3, "min_new_tokens": 0}, "repetition_penalty=1.3"),
+        ({"temperature": 0.7, "min_new_tokens": 0}, "temperature=0.7"),
+        ({"begin_suppress_tokens": ["eos"], "min_new_tokens": 0}, "begin_suppress_tokens=['eos']"),
+        ({}, "min_new_tokens=1"),  # the default's guard against empty answers
+        ({"min_new_tokens": 0}, None),
+    ],
+    ids=str,
+)
+def test_raw_logprobs_are_a_note_and_no_failure(started, generation, said, capsys):
+    """The answers are not drawn from what their log-probs are of, unless nothing changes the distribution."""
+    notes = {}
+    for mode in ("raw", "sampled"):
+        arguments = started(generation={**generation, "logprob_mode": mode})
+        capsys.readouterr()
+        selfcheck.run(*arguments)  # strict: a failure would be an error
+        found = capsys.readouterr().out.splitlines()
+        notes[mode] = [line for line in found if line.startswith("note  ")]
+        assert len([line for line in found if line.startswith("ok    ")]) == len(TITLES)
+    assert notes["sampled"] == []
+    if said is None:
+        assert notes["raw"] == []
+        return
+    (note,) = notes["raw"]
+    assert note.startswith("note  log-probs are not of the distribution that answers are sampled from (")
+    assert f"({said})" in note
+    assert "generation.logprob_mode=raw" in note
+
+
 # ---------------------------------------------------------------- policy, reference, sampler
 
 

@@ -39,7 +39,7 @@ def test_config_is_readable_and_complete(tmp_path, config):
     assert content["optim"]["lr"] == 1e-5 and content["upstream"]["sft"] == {"optim": {"lr": 1e-4}}
     assert content["run_name"] is None and content["lora"]["targets"] == ["auto"]
     # every group is there
-    assert list(content)[:4] == ["stage", "seed", "run_name", "output_dir"] and "reward_source" in content
+    assert list(content)[:4] == ["stage", "run_name", "output_dir", "dry_run"] and "reward_source" in content
 
 
 def test_passwords_are_left_out(tmp_path, config):

@@ -20,17 +20,23 @@ from rlhf_exp.store.keys import canonical, key_document, run_key
 
 # Written by hand, not read from the schema: what a user may change and still get the same artifact.
 NOT_IN_KEY = {
+    # what a report read is
+    "inputs",
     # names and paths: what they lead to is hashed instead
     *("model.name", "model.path", "model.source", "model.revision"),
     *("dataset.name", "dataset.template.name", "dataset.revision", "run_name", "output_dir"),
     *("dataset.views.demonstrations", "dataset.views.comparisons", "dataset.views.prompts"),
     *("adapters.sft", "adapters.reward", "adapters.reward_ensemble", "adapters.gold", "adapters.ppo"),
+    *("adapters.dpo", "adapters.kto"),
     # for people
     *("model.licence", "model.template", "model.notes"),
     # the memory estimate
     *("model.billion_params", "model.layers", "model.hidden_size", "model.vocab_size"),
     # replaced by the dtype that it came to
     "model.dtype",
+    # what prefer and its rounds made arrives as the parents' keys
+    *("dataset.comparisons_from", "adapters.labeller", "upstream.labeller", "upstream.prefer"),
+    *("prefer.rounds", "prefer.keep", "prefer.start"),
     # hardware
     *("device", "threads", "strategy.name", "train.micro_batch_size", "ppo.micro_batch_size"),
     *("reward.share_prompts", "reward.micro_batch_tokens"),
@@ -44,16 +50,29 @@ NOT_IN_KEY = {
         "upstream.reward",
         "upstream.gold",
         "upstream.ppo",
+        "upstream.dpo",
+        "upstream.kto",
     ),
     *("tracking.backend", "tracking.uri", "tracking.experiment"),
     # how a reward model is looked at; what the gate then has trained arrives as the parents' keys
     *("reward.probes", "reward_source.gate", "reward_source.patch_share"),
+    # their content and names are
+    *("eval.policies", "eval.encoder"),
+    *("judge.model", "judge.batch_size"),
     *(f"reward_source.limits.{probe}" for probe in (*schema.PROBES, *schema.SAME)),
 }
 
 
+def not_in_key(stage: str) -> set[str]:
+    """Of ppo all of `prefer` too: it is of the stages before, whose keys are in."""
+    more = {f"prefer.{f.name}" for f in dataclasses.fields(schema.Prefer)}
+    return NOT_IN_KEY | (more if stage in ("ppo", "pipeline") else set())
+
+
 def complete(stage: str) -> schema.Run:
     config = schema.RUNS[stage](stage=stage)
+    if stage == "report":
+        return config
     config.model.name, config.dataset.name, config.dataset.family = "tiny", "reviews", "reviews"
     return config
 
@@ -100,7 +119,7 @@ def test_each_leaf_changes_the_key_exactly_if_it_may_change_the_result(stage):
     for key, field, value in leaves(complete(stage)):
         changed = complete(stage)
         set_leaf(changed, key, other(field, value))
-        if (run_key(changed, **inputs()) == before) != (key in NOT_IN_KEY):
+        if (run_key(changed, **inputs()) == before) != (key in not_in_key(stage)):
             wrong.append(key)
     assert wrong == []
 

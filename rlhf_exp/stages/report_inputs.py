@@ -1,0 +1,174 @@
+"""What `inputs` of stage=report names: run folders on this disk, or the runs of an MLflow experiment.
+
+A text is, in this order: a run folder; a folder below which run folders are, or the lists that the trials of a sweep
+leave (trial.py); the name of an MLflow experiment, which `mlflow:` before it says outright.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_exp.errors import InputError
+from rlhf_exp.evaluation.trials import EVAL, HELDOUT, LOGGED, NO_POLICY, TRAINING, Row, Trial, rows_of_curve
+from rlhf_exp.schema import ReportRun
+from rlhf_exp.stages import trial
+from rlhf_exp.store.listing import Entry, entry, is_run_folder
+from rlhf_exp.store.manifest import RECORD
+from rlhf_exp.store.runs import FAILED
+from rlhf_exp.tracking.experiments import Experiment, Logged, open_experiment, where
+
+EXPERIMENT = "mlflow:"
+PARENT = "mlflow.parentRunId"
+NOT_OURS = ("mlartifacts", "mlruns")  # copies of what run folders hold
+
+
+class Found(NamedTuple):
+    """Run folders, trials that only MLflow still has, and what to be told of."""
+
+    entries: list[Entry]
+    trials: list[Trial]
+    notes: list[str]
+
+
+def find(config: ReportRun) -> Found:
+    """Everything that `inputs` names, each run once. Raises InputError, a line for each text that names nothing."""
+    given = config.inputs if isinstance(config.inputs, list) else [config.inputs]
+    entries: dict[str, Entry] = {}
+    trials: dict[str, Trial] = {}
+    notes: list[str] = []
+    problems: list[str] = []
+    for text in map(str, given):
+        try:
+            found = _one(text.strip(), config)
+        except InputError as error:
+            problems += error.problems
+            continue
+        entries |= {os.path.realpath(e.path): e for e in found.entries}
+        trials |= {t.path: t for t in found.trials}
+        notes += found.notes
+    if problems:
+        raise InputError(problems)
+    return Found(sorted(entries.values(), key=_when), list(trials.values()), notes)
+
+
+def _when(e: Entry) -> tuple[str, str]:
+    return str(e.record.get("started") or ""), e.path.name
+
+
+def _one(text: str, config: ReportRun) -> Found:
+    path = Path(text)
+    if not text.startswith(EXPERIMENT):
+        if (path / RECORD).is_file():
+            return Found([entry(path)], [], [])
+        if path.is_dir():
+            return _folder(path)
+    name, output = text.removeprefix(EXPERIMENT), Path(config.output_dir)
+    experiment = open_experiment(name, config.tracking, output)
+    if experiment is None:
+        store = where(config.tracking, output)
+        there = "" if text.startswith(EXPERIMENT) else f"there is no folder {path}, and "
+        raise InputError(
+            f"inputs={text}: {there}no MLflow experiment {name} in {store}; set inputs to a folder with run folders, "
+            "or tracking.uri to where the experiment is"
+        )
+    return _experiment(name, experiment)
+
+
+def _folder(path: Path) -> Found:
+    """The run folders below a folder; of a sweep's folder those that its trials list."""
+    entries, lost = [entry(run) for run in _runs_below(path)], []
+    for file in sorted(path.rglob(trial.RUNS)):
+        for run in trial.noted(file):
+            if run.is_dir():
+                entries.append(entry(run))
+            else:
+                lost.append(f"{file.relative_to(path)} names {run}, which is not there.")
+    if not entries:
+        gone = f" ({lost[0]})" if lost else ""
+        sweep = (path / "multirun.yaml").is_file() and not lost
+        hint = "; the runs of this sweep are in its output_dir" if sweep else ""
+        raise InputError(f"inputs={path}: there are no run folders in it{gone}{hint}")
+    return Found(entries, [], lost)
+
+
+def _runs_below(path: Path) -> Iterator[Path]:
+    """Run folders at any depth, not those within a run, nor hidden or MLflow's."""
+    for parent, folders, _ in os.walk(path):
+        here = [name for name in sorted(folders) if name[0] != "." and name not in NOT_OURS]
+        runs = [name for name in here if is_run_folder(Path(parent) / name)]
+        yield from (Path(parent) / name for name in runs)
+        folders[:] = [name for name in here if name not in runs]
+
+
+def _experiment(name: str, experiment: Experiment) -> Found:
+    """The run folders that an experiment's runs name, and trials made of the logs of those that are elsewhere."""
+    entries: dict[str, Entry] = {}
+    absent: list[Logged] = []
+    for run in experiment.runs:
+        if run.stage in NO_POLICY or not run.stage:
+            continue
+        if run.folder and (Path(run.folder) / RECORD).is_file():
+            entries[run.folder] = entry(Path(run.folder))
+        else:
+            absent.append(run)
+    if not entries and not absent:
+        raise InputError(
+            f"inputs={name}: the MLflow experiment has no run that trained or evaluated a policy"
+        )
+    notes = []
+    if absent:
+        notes.append(
+            f"{len(absent)} runs of the experiment {name} have no folder on this machine: their figures are those "
+            "that MLflow has, and there are no samples of them."
+        )
+    return Found(list(entries.values()), _logged(experiment, absent), notes)
+
+
+def _logged(experiment: Experiment, runs: list[Logged]) -> list[Trial]:
+    """Trials from what MLflow has; an evaluation goes to the training of the same parent, else stands alone."""
+    trained = {run.run_id: _trial(experiment, run) for run in runs if run.stage != EVAL}
+    by_parent = {
+        run.tags[PARENT]: trained[run.run_id] for run in runs if run.stage != EVAL and PARENT in run.tags
+    }
+    found = list(trained.values())
+    for run in (run for run in runs if run.stage == EVAL):
+        own = by_parent.get(run.tags.get(PARENT, ""))
+        rows = [_row(line) for line in experiment.history(run, run.metrics)]
+        if own is None:
+            own = _trial(experiment, run)
+            found.append(own)
+        own.rows[HELDOUT] = [row for row in rows if "kl" in row.metrics]
+        own.evaluation = dict(run.params)
+        own.digest += _digest([row.metrics for row in rows])
+    return found
+
+
+def _trial(experiment: Experiment, run: Logged) -> Trial:
+    key = run.tags.get("key", run.run_id)
+    name = f"{run.stage}/{key[:12]}"
+    reason = run.tags.get("rlhf_exp.error", "MLflow has its traceback") if run.status == FAILED else ""
+    found = Trial(name, run.stage, key, run.status, f"MLflow run {run.run_id}", reason, dict(run.params))
+    found.run_name = run.params.get("run_name")
+    if run.stage != EVAL:
+        curve = experiment.history(run, [m for m in run.metrics if not m.startswith("final/")])
+        found.rows[TRAINING] = rows_of_curve(curve, run.stage)
+        found.digest = _digest(curve)
+    return found
+
+
+def _row(line: dict[str, float]) -> Row:
+    """A line of an evaluation's metrics: a policy, whose step is policy_step."""
+    metrics = {
+        name: value for name, value in line.items() if name not in ("step", "policy_step", *LOGGED.values())
+    }
+    step = line.get("policy_step")
+    return Row("sft" if step == 0 else f"step {step:g}" if step is not None else "policy", step, metrics)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
