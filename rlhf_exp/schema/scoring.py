@@ -136,7 +136,8 @@ class Evaluation:
     policies: list[str] = leaf(
         [],
         doc="Who answers: sft, base, ppo, dpo, kto (trained if missing), the folder of a run or adapter, "
-        "runs:/ID/adapter; WHO@STEP is one checkpoint, 'NAME=WHO' gives a name. []: sft and what ppo kept (docs/evaluation.md).",
+        "runs:/ID/adapter; WHO@STEP is one checkpoint, 'NAME=WHO' gives a name. []: sft and what ppo kept "
+        "(docs/evaluation.md).",
         keyed=False,  # what they lead to, and their names, are in the key
     )
     prompts: int = leaf(64, doc="Held-out prompts; 0 takes all.", ge=0)
