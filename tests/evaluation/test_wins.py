@@ -32,7 +32,7 @@ def test_the_interval_of_two_prompts_is_all_there_is():
 
 
 def test_the_interval_of_three_prompts_in_closed_form():
-    """One of three lost: 3, 2, 1, 0 wins of 3 have chances 8, 12, 6, 1 in 27; 2.5 % are below 1 win (1 in 27 = 3.7 %)."""
+    """One of three lost: 3, 2, 1, 0 wins have chances 8, 12, 6, 1 in 27; 2.5 % are below 1 win (1 in 27 = 3.7 %)."""
     found = win_rate([1.0, 1.0, 0.0])
     assert found.mean == pytest.approx(2 / 3)
     assert found.low == pytest.approx(0.0)
