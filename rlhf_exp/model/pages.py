@@ -1,7 +1,7 @@
 """Memory that was freed is kept for what comes next: a page that the system hands out anew costs more than its use.
 
 A training step frees and takes again the same few hundred MB. glibc gives blocks above 32 MB at most, and the end of
-its heap, back to the system each time, and every page of 4 KB comes back through a fault: 6 % of a PPO iteration.
+its heap, back to the system each time, and every page of 4 KB comes back through a fault.
 """
 
 from __future__ import annotations
