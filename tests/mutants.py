@@ -34,7 +34,10 @@ EQUIVALENT = "tests/mutants_equivalent.txt"
 # the tests of a module, quick ones first; by default test_<module>.py
 TESTS = {
     "ilql": ("test_ilql_arguments", "test_ilql"),
-    "logprob": ("test_logprob", "test_linear_logprobs", "test_repetition_logprobs", "test_entropy_gradient"),
+    "logprob": (
+        *("test_logprob", "test_logits", "test_linear_logprobs", "test_repetition_logprobs"),
+        "test_entropy_gradient",
+    ),
     "repetition": ("test_repetition_logprobs", "test_entropy_gradient"),
 }
 LAST = "test_devices"  # about all modules

@@ -362,3 +362,30 @@ def test_suppressing_no_token_changes_nothing():
     hidden, weight, bias, targets, _ = problem()
     got = linear_logprobs(hidden, weight, bias, targets, suppressed=(torch.ones(N, dtype=torch.bool), []))
     assert_close(got, linear_logprobs(hidden, weight, bias, targets))
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_without_the_entropy_nothing_else_changes(with_gradient):
+    hidden, weight, bias, targets, allowed = problem()
+    hidden.requires_grad_(with_gradient)
+    support = Support.from_mask(allowed)
+    logprobs, mass = reference(hidden, weight, bias, targets, 0.7, allowed)[::2]
+    found = linear_logprobs(hidden, weight, bias, targets, 0.7, support, entropy=False)
+    assert found.entropy is None
+    assert_close(found.logprobs, logprobs)
+    assert_close(found.kept_mass, mass)
+    if with_gradient:
+        (wanted,) = torch.autograd.grad(logprobs.sum(), hidden)
+        (gradient,) = torch.autograd.grad(found.logprobs.sum(), hidden)
+        assert_close(gradient, wanted)
+
+
+def test_a_weight_in_bfloat16_under_float32_states():
+    hidden, weight, bias, targets, _ = problem(restricted=False)
+    weight = weight.bfloat16()
+    hidden.requires_grad_()
+    found = linear_logprobs(hidden, weight, bias, targets).logprobs
+    logprobs = token_logprobs(F.linear(hidden, weight.float(), bias), targets)
+    assert_close(found, logprobs)
+    (wanted,) = torch.autograd.grad(logprobs.sum(), hidden)
+    assert_close(torch.autograd.grad(found.sum(), hidden)[0], wanted)

@@ -22,8 +22,8 @@ def test_half_precision_is_summed_and_kept_in_float32(dtype, biased):
     hidden, weight, bias = problem(dtype=dtype)
     bias = bias if biased else None
     exact = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
-    found = OutputLayer(weight, bias, hidden.dtype)(hidden)
-    assert found.dtype == torch.float32
+    found = OutputLayer(weight, bias, hidden.dtype)(hidden.requires_grad_())
+    assert found.dtype == torch.float32 and not found.requires_grad
     assert (found - exact).abs().max() < 1e-4
     # what the product in half precision makes of them: the test can tell
     assert ((hidden @ weight.T).double() - hidden.double() @ weight.double().T).abs().max() > 1e-3

@@ -82,6 +82,8 @@ def find(name: str):
 def child(log: Path, kill: int | None, number: int, words: list[str]) -> int:
     from rlhf_exp.cli import main
 
+    # a shell's background job ignores Ctrl-C, and so would this child
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
