@@ -35,18 +35,8 @@ from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.keys import run_key
 from rlhf_exp.store.runs import RunFolder, find
 
-ORDER = (
-    "sft",
-    "prefer",
-    "reward",
-    "probe",
-    "ppo",
-    "ilql",
-    "dpo",
-    "kto",
-    "eval",
-    "export",
-)  # each stage comes after all that it can stand on
+# each stage comes after all that it can stand on
+ORDER = ("sft", "prefer", "reward", "probe", "ppo", "ilql", "dpo", "kto", "eval", "export")
 FIRST, SECOND = "first", "second"  # of the comparisons: for the reward model, for the gold scorer
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 

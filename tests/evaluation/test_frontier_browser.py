@@ -7,17 +7,17 @@ import hashlib
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
+from tests.evaluation.browser import CHROMIUM, browse
 from tests.evaluation.run_folders import PROMPTS, write_sweep
 from tests.evaluation.test_frontier_page import HOSTILE, build
-from tests.evaluation.test_report_browser import CHROMIUM
 
+# its log tells of errors and requests; the page's timers run out at once
+SWITCHES = ("--window-size=1200,1600", "--enable-logging=stderr", "--virtual-time-budget=4000")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 
 # runs before the page's own script: what goes wrong from then on
@@ -94,24 +94,6 @@ addEventListener("message", message => {
 """
 
 
-def browse(page: Path, folder: Path, *options: str) -> tuple[str, str]:
-    """What the browser prints, and its log."""
-    switches = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        "disable-component-update disable-sync hide-scrollbars disable-dev-shm-usage window-size=1200,1600 "
-        "enable-logging=stderr virtual-time-budget=4000"
-    )
-    command = [CHROMIUM, *(f"--{name}" for name in switches.split()), f"--user-data-dir={folder / 'profile'}"]
-    try:
-        done = subprocess.run(
-            [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=100, cwd=folder
-        )
-    finally:
-        shutil.rmtree(folder / "profile", ignore_errors=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
 def hashed(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
@@ -125,7 +107,7 @@ def measure(page: Path, folder: Path, *options: str) -> dict[int, dict]:
     source = source.replace("</body>", f"<script>{MEASURE}</script></body>")
     (folder / "copy.html").write_text(source, encoding="utf-8")
     (folder / "frames.html").write_text(FRAMES, encoding="utf-8")
-    dom, log = browse(folder / "frames.html", folder, "--dump-dom", *options)
+    dom, log = browse(folder / "frames.html", folder, *SWITCHES, "--dump-dom", *options)
     found = [json.loads(html.unescape(entry)) for entry in re.findall(r"<pre>(.*?)</pre>", dom, re.DOTALL)]
     assert len(found) == 2, log
     return {entry["window"]: entry for entry in found}
@@ -159,7 +141,7 @@ def test_nothing_goes_wrong_and_nothing_is_asked_for(light, width):
 
 
 def test_the_console_is_silent(page, tmp_path):
-    dom, log = browse(page, tmp_path, "--dump-dom")
+    dom, log = browse(page, tmp_path, *SWITCHES, "--dump-dom")
     assert "prompt 1 of 3" in dom, "the page's own script ran under its own policy"
     assert "CONSOLE" not in log
 
@@ -226,7 +208,7 @@ def test_dark_theme(page, light, tmp_path):
 
 
 def test_a_screenshot_shows_the_plots(page, tmp_path):
-    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}")
+    browse(page, tmp_path, *SWITCHES, f"--screenshot={tmp_path / 'page.png'}")
     pixels = imread(tmp_path / "page.png")[:, :, :3]
     blue = (abs(pixels - [0, 114 / 255, 178 / 255]) < 0.02).all(axis=2)
     orange = (abs(pixels - [199 / 255, 80 / 255, 0]) < 0.02).all(axis=2)

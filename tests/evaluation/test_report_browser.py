@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import pytest
 from matplotlib.image import imread
 
 from rlhf_exp.evaluation.report import write_report
+from tests.evaluation.browser import CHROMIUM, browse
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SIZE = "--window-size=1200,900"
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -51,23 +50,6 @@ addEventListener("message", message => {
 """
 
 
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """What the browser prints."""
-    switches = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        "disable-component-update disable-sync hide-scrollbars disable-dev-shm-usage window-size=1200,900"
-    )
-    command = [CHROMIUM, *(f"--{name}" for name in switches.split()), f"--user-data-dir={folder / 'profile'}"]
-    try:
-        done = subprocess.run(
-            [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=100, cwd=folder
-        )
-    finally:
-        shutil.rmtree(folder / "profile", ignore_errors=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, made_evaluation, made_curves) -> Path:
     evaluation = deepcopy(made_evaluation)
@@ -95,7 +77,7 @@ def measure(page: Path, folder: Path, *options: str) -> dict[int, dict]:
     copy = source.replace("</main>", f"</main><script>{MEASURE}</script>")
     (folder / "copy.html").write_text(copy, encoding="utf-8")
     (folder / "frames.html").write_text(FRAMES, encoding="utf-8")
-    dom = browse(folder / "frames.html", folder, "--dump-dom", *options)
+    dom, _ = browse(folder / "frames.html", folder, SIZE, "--dump-dom", *options)
     found = [json.loads(html.unescape(entry)) for entry in re.findall(r"<pre>(.*?)</pre>", dom, re.DOTALL)]
     return {entry["window"]: entry for entry in found}
 
@@ -147,7 +129,7 @@ def test_dark_theme(page, light, tmp_path):
 
 def test_screenshot_shows_the_page_as_it_is(page, tmp_path):
     """With its own security policy: styles and figures must get through it."""
-    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}")
+    browse(page, tmp_path, SIZE, f"--screenshot={tmp_path / 'page.png'}")
     pixels = imread(tmp_path / "page.png")[:, :, :3]
     assert pixels.shape == (900, 1200, 3)
     orange = (abs(pixels - [184 / 255, 79 / 255, 0]) < 0.02).all(axis=2)

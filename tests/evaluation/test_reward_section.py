@@ -15,8 +15,9 @@ from rlhf_exp.probes import show
 from rlhf_exp.probes.answers import Probe, Real
 from rlhf_exp.probes.measure import measure as measure_probes
 from rlhf_exp.schema import PROBES
+from tests.evaluation.browser import CHROMIUM
 from tests.evaluation.test_report import FACTS, Page, needs_nothing_else
-from tests.evaluation.test_report_browser import CHROMIUM, measure
+from tests.evaluation.test_report_browser import measure
 
 
 def assessed() -> dict:
