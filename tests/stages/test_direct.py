@@ -307,31 +307,18 @@ def test_the_reference_is_the_sft_adapter_whatever_the_policy_is(base, adapters,
 # ---------------------------------------------------------------- TRL's own training
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
-def test_three_steps_are_those_of_trl(base, adapters, config, context, name, tmp_path):
-    """DPOTrainer.train() on a PeftModel with its own copy of the SFT adapter, batches and reference its own."""
+def by_trl(trainer, settings, base, adapter, run, columns, folder, **options) -> dict[str, torch.Tensor]:
+    """The adapter after three steps of TRL's own `train()` on a PeftModel; columns: token ids, named as TRL does."""
     from peft import PeftModel
-    from trl import DPOConfig, DPOTrainer
 
-    class Plain(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):  # token ids, in TRL's own columns
+    class Plain(trainer):
+        def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    run = config(name, steps=3, lr=1e-2, rows=12, batch=6, schedule="linear")
-    given = context(sft=adapters["sft"])
-    direct.run(run, given)
-    ours = load_file(given.folder.path / WEIGHTS)
-
-    pairs = pairs_of(tokenised(base.tokenizer, base.tokenizer_key, run.dataset, "comparisons", "train"))
-    model = PeftModel.from_pretrained(load_base(tiny(), "cpu").model, adapters["sft"], is_trainable=True)
-    arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        loss_type=[run.dpo.loss],
-        beta=run.dpo.beta,
+    arguments = settings(
+        output_dir=str(folder / "trl"),
         max_steps=3,
-        per_device_train_batch_size=6,
         learning_rate=1e-2,
-        lr_scheduler_type="linear",
         adam_epsilon=run.optim.eps,
         max_grad_norm=1.0,
         weight_decay=0.0,
@@ -344,23 +331,39 @@ def test_three_steps_are_those_of_trl(base, adapters, config, context, name, tmp
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
+        **options,
     )
-    columns = {
-        f"{part}_ids": [getattr(pair, part) for pair in pairs] for part in ("prompt", "chosen", "rejected")
-    }
     theirs = Plain(
-        model=model,
+        model=PeftModel.from_pretrained(load_base(tiny(), "cpu").model, adapter, is_trainable=True),
         args=arguments,
         train_dataset=supervised.dataset_of(**columns),
         processing_class=base.tokenizer,
     )
     supervised.without_printing(theirs)
     theirs.train()
-    expected = {
-        key.replace(".default", ""): value
-        for key, value in theirs.model.state_dict().items()
-        if "lora_" in key and ".ref." not in key
+    weights = theirs.model.state_dict().items()
+    return {
+        key.replace(".default", ""): value for key, value in weights if "lora_" in key and ".ref." not in key
     }
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_three_steps_are_those_of_trl(base, adapters, config, context, name, tmp_path):
+    """DPOTrainer.train() with its own copy of the SFT adapter, batches and reference its own."""
+    from trl import DPOConfig, DPOTrainer
+
+    run = config(name, steps=3, lr=1e-2, rows=12, batch=6, schedule="linear")
+    given = context(sft=adapters["sft"])
+    direct.run(run, given)
+    ours = load_file(given.folder.path / WEIGHTS)
+
+    pairs = pairs_of(tokenised(base.tokenizer, base.tokenizer_key, run.dataset, "comparisons", "train"))
+    columns = {
+        f"{part}_ids": [getattr(pair, part) for pair in pairs] for part in ("prompt", "chosen", "rejected")
+    }
+    settings = {"loss_type": [run.dpo.loss], "beta": run.dpo.beta, "lr_scheduler_type": "linear"}
+    settings["per_device_train_batch_size"] = 6
+    expected = by_trl(DPOTrainer, DPOConfig, base, adapters["sft"], run, columns, tmp_path, **settings)
     assert set(expected) == set(ours)
     start = load_file(adapters["sft"] / "adapter_model.safetensors")
     for key, value in expected.items():
@@ -370,12 +373,7 @@ def test_three_steps_are_those_of_trl(base, adapters, config, context, name, tmp
 
 def test_three_steps_of_kto_are_those_of_trl(base, adapters, config, context, tmp_path):
     """KTOTrainer.train() in the order that our steps had, with the KL's answers that its own rotation gives."""
-    from peft import PeftModel
     from trl import KTOConfig, KTOTrainer
-
-    class Plain(KTOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
 
     run = config("kto", steps=3, lr=1e-2, rows=12, batch=6, kto=KTO(desirable_weight=4.0))
     given = context(sft=adapters["sft"])
@@ -402,37 +400,12 @@ def test_three_steps_of_kto_are_those_of_trl(base, adapters, config, context, tm
         columns["completion_ids"] += answers
         columns["KL_completion_ids"] += [answers[-1], *answers[:-1]]
         columns["label"] += [True] * 6 + [False] * 6
-    model = PeftModel.from_pretrained(load_base(tiny(), "cpu").model, adapters["sft"], is_trainable=True)
-    arguments = KTOConfig(
-        output_dir=str(tmp_path / "trl"),
-        beta=run.kto.beta,
-        desirable_weight=4.0,
-        max_steps=3,
-        per_device_train_batch_size=12,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        adam_epsilon=run.optim.eps,
-        max_grad_norm=1.0,
-        weight_decay=0.0,
-        max_length=None,
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-    )
-    theirs = Plain(
-        model=model,
-        args=arguments,
-        train_dataset=supervised.dataset_of(**columns),
-        processing_class=base.tokenizer,
-    )
-    supervised.without_printing(theirs)
-    theirs.train()
-    for key, value in theirs.model.state_dict().items():
-        if "lora_" in key and ".ref." not in key:
-            assert torch.allclose(ours[key.replace(".default", "")], value, atol=1e-5, rtol=0), key
+    settings = {"beta": run.kto.beta, "desirable_weight": 4.0, "lr_scheduler_type": "constant"}
+    settings["per_device_train_batch_size"] = 12
+    expected = by_trl(KTOTrainer, KTOConfig, base, adapters["sft"], run, columns, tmp_path, **settings)
+    assert set(expected) == set(ours)
+    for key, value in expected.items():
+        assert torch.allclose(ours[key], value, atol=1e-5, rtol=0), key
 
 
 # ---------------------------------------------------------------- training
