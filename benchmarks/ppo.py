@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from shapes import SHAPES, Shape  # noqa: E402
 from side import Child, Side  # noqa: E402
@@ -40,8 +40,13 @@ def trl_folder() -> Path:
 
 
 def rate(dtype: str, shape: Shape, seconds: float = 0.5) -> float:
-    """Matrix products, operations a second, best of several: tokens of a micro-batch times the model's sizes."""
+    """Matrix products, operations a second, best of several: tokens of a micro-batch times the model's sizes.
+
+    By the fastest library that torch has here for them, whichever a system takes.
+    """
     import torch
+
+    from rlhf_exp.algorithms.product import linear
 
     kind = getattr(torch, dtype)
     x = torch.randn(shape.batch * (shape.prompt + shape.response), shape.hidden).to(kind)
@@ -49,7 +54,7 @@ def rate(dtype: str, shape: Shape, seconds: float = 0.5) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
+        linear(x, weight)
         best = min(best, time.perf_counter() - start)
     return 2 * x.shape[0] * weight.numel() / best
 
@@ -129,7 +134,7 @@ def main() -> None:
         "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
     )
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--micro", type=int, help="rows a forward, in every system; default: the batch")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)

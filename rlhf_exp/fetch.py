@@ -192,8 +192,9 @@ def _convert(weights: Path, folder: Path, single_digits: bool) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from rlhf_exp.model.quiet import no_progress_bars
+    from rlhf_exp.model.quiet import no_progress_bars, spare_deepspeed
 
+    spare_deepspeed()
     # the bar of the dequantisation is tqdm's own and goes to stderr; errors are raised, warnings are logged
     with no_progress_bars(), redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(

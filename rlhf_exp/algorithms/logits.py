@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf_exp.algorithms.product import linear
 
 LOGIT_BUDGET = 2**22  # logits worked on at once: 16 MB in float32, which a CPU's caches take in part
 GPU_BUDGET = 8  # times as many, to keep it busy
@@ -45,7 +46,7 @@ class OutputLayer:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._half:
-            return F.linear(hidden, self.weight, self.bias)
+            return linear(hidden, self.weight, self.bias)
         if self._wide is None:
             logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
         else:

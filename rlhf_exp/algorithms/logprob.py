@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_exp.algorithms.logits import OutputLayer, rows_at_once
+from rlhf_exp.algorithms.product import linear
 from rlhf_exp.algorithms.repetition import Repetition, penalise, penalise_gradient
 from rlhf_exp.algorithms.shapes import at_least_float32, check_shapes
 from rlhf_exp.algorithms.support import Support
@@ -200,13 +201,13 @@ class _LinearLogprobs(torch.autograd.Function):
                     slope = shifted.add_(entropies[rows].unsqueeze(1) - sums.log()).mul_(exps).div_(-sums)
                     if repetition is not None:
                         penalise_gradient(slope, seen, factors)
-                    of_entropy[rows] = slope.to(hidden.dtype) @ weight / temperature
+                    of_entropy[rows] = linear(slope.to(hidden.dtype), weight.T) / temperature
             if gradient is not None:
                 # (p - onehot) * sums: where p is near 1, onehot - p must not be a difference of rounded products
                 residual = exps.scatter_add_(1, target, -sums)
                 if repetition is not None:
                     penalise_gradient(residual, seen, factors)
-                gradient[rows] = residual.to(hidden.dtype) @ weight / (-temperature * sums)
+                gradient[rows] = linear(residual.to(hidden.dtype), weight.T) / (-temperature * sums)
         _check_kept(kept, targets)
         if gradient is not None:
             ctx.save_for_backward(gradient, of_entropy)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.model.quiet import no_progress_bars
+from rlhf_exp.model.quiet import no_progress_bars, spare_deepspeed
 from rlhf_exp.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def once(name: str, recipe: bytes, save: Callable[[Path], None]) -> Path:
 def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A model folder as any other."""
     tokenizer.save_pretrained(folder)
+    spare_deepspeed()
     with no_progress_bars():
         model.save_pretrained(folder)
     # safetensors writes for its owner only; a shared cache is for everyone

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlhf_exp.algorithms.product import linear
+
 
 def install(layer: nn.Module) -> None:
     """Let a PEFT LoRA layer on a plain linear layer compute in one operation where it can."""
     from peft.tuners.lora import Linear
 
-    if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
+    base = layer.get_base_layer()
+    # DeepSpeed's shard of a weight (zero3) becomes a weight in the linear layer's own forward only
+    if type(layer) is Linear and type(base) is nn.Linear and not hasattr(base.weight, "ds_id"):
         layer.forward = MethodType(forward, layer)
 
 
@@ -60,7 +64,7 @@ def _compute(
     with _no_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.to(x.dtype).T
-        out = nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(x.dtype).T, alpha=scale)
+        out = linear(rows, weight, bias).addmm_(inner, b.to(x.dtype).T, alpha=scale)
     return out, rows, inner
 
 
@@ -88,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
             grad = grad.reshape(-1, grad.shape[-1])
             d_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
-                d_x = (grad @ weight).addmm_(d_inner, a.to(grad.dtype)).view(ctx.shape)
+                d_x = linear(grad, weight.T).addmm_(d_inner, a.to(grad.dtype)).view(ctx.shape)
             if ctx.needs_input_grad[3]:
                 d_a = (d_inner.T @ rows).to(a.dtype)
             if ctx.needs_input_grad[4]:

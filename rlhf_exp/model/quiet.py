@@ -1,7 +1,8 @@
-"""transformers' progress bars, off where our own lines say what happens."""
+"""What libraries do unasked, kept from doing it: progress bars, and loading DeepSpeed where nobody uses it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,3 +19,13 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+def spare_deepspeed() -> None:
+    """Do not let accelerate import DeepSpeed (seconds, and lines on the screen) to see whether a model is one of its.
+
+    A model can only be DeepSpeed's once somebody has imported it.
+    """
+    from accelerate.utils import other
+
+    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules

@@ -237,6 +237,9 @@ def test_default_chunk_stays_within_the_budget(monkeypatch):
     assert sizes == [1] * N
 
 
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+
+
 @pytest.mark.parametrize("how", ["no_grad", "frozen"])
 def test_gradient_work_only_when_asked_for(how):
     hidden, weight, bias, targets, _ = problem()
@@ -244,7 +247,7 @@ def test_gradient_work_only_when_asked_for(how):
 
     class CountProducts(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            if func.overloadpacket in PRODUCTS:
                 products.append(func)
             return func(*args, **(kwargs or {}))
 

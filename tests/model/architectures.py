@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 
+from rlhf_exp.model import frozen_linear
 from rlhf_exp.model.base import Base
 from rlhf_exp.paths import conf_dir
 from rlhf_exp.schema import Model
@@ -150,5 +151,6 @@ def small_base(name: str, folder: Any = None) -> Base:
                 else:  # biases, and norms whose neutral element is 1, or 0 as in Gemma
                     parameter.add_(0.1 * torch.randn(parameter.shape))
     model.requires_grad_(False).eval()
+    frozen_linear.install(model)  # as load_base does
     tokenizer = SimpleNamespace(eos_token_id=EOS, pad_token_id=0)
     return Base(model, tokenizer, folder, "hash", torch.float32, torch.device("cpu"))
