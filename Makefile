@@ -32,7 +32,7 @@ help: ## List the verbs
 run: install fetch ## Install, get the model, then SFT -> reward model -> PPO -> evaluation (experiment=quickstart)
 	@$(PY) -m rlhf_exp experiment=quickstart $(ARGS)
 
-test: $(INSTALLED_TEST) fetch lint ## Install with the test extra, lint, run the tests that are not marked long
+test: $(INSTALLED_TEST) fetch lint ## Install with the extras that tests need, lint, run the tests that are not marked long
 	@$(PY) -m pytest -n $(JOBS) -m "not long" $(ARGS)
 
 test-all: $(INSTALLED_TEST) fetch lint ## The same with the long tests
@@ -69,14 +69,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)
-	@echo "== the test extra: installing"
-	@$(PIP_INSTALL) -e '.[test]'
+	@echo "== the extras test and optuna: installing"
+	@$(PIP_INSTALL) -e '.[test,optuna]'
 	@touch $@
 
 constraints: ## Resolve pyproject.toml anew in a fresh environment and write constraints.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" && \
 	echo "== resolving $(TORCH) and the newest of the rest" && \
-	"$$folder/bin/python" -m pip -qq install $(TORCH) && "$$folder/bin/python" -m pip -qq install $(TORCH) '.[test]' && \
+	"$$folder/bin/python" -m pip -qq install $(TORCH) && "$$folder/bin/python" -m pip -qq install $(TORCH) '.[test,optuna]' && \
 	{ sed -n '/^#/p' constraints.txt; "$$folder/bin/python" -m pip freeze --exclude rlhf-exp --exclude setuptools -qq \
 		| sed 's/+.*//'; } > "$$folder/new" && mv "$$folder/new" constraints.txt
 

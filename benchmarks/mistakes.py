@@ -19,7 +19,7 @@ SOUND = "sound"
 END = 6  # last iterations whose mean is a run's end value: one batch is noisy
 GUARDS, METRICS, SAMPLES, RECORD = "guards.jsonl", "metrics.jsonl", "samples.jsonl", "run.json"
 # what a run prints: its self-check, and what the gate says of the reward model's probes (docs/probes.md)
-CHECK = re.compile(r"^(ok|FAIL|\(off\)) +(.+?) \(")
+CHECK = re.compile(r"^(ok|note|FAIL|\(off\)) +(.+?) \(")
 GATE = re.compile(r"^gate: reward \w+(?: scores too many of these above the real answer)?: (.+)$")
 PROBE = re.compile(r"(\w+) [\d.]+ \(limit ")
 
@@ -77,7 +77,7 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     guards: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
-    checks: Mapping[str, str]  # of the self-check: title -> ok, FAIL, (off)
+    checks: Mapping[str, str]  # of the self-check: title -> ok, note, FAIL, (off)
     probes: Sequence[str] | None  # of the reward model: those above their limits; None: nothing was said
     seconds: float
 

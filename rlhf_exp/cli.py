@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_exp import __version__
+from rlhf_exp import __version__, distributed
 from rlhf_exp.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from rlhf_exp.strategies import command
 
 EXIT_FAILED = 1
 EXIT_CTRL_C = 130
@@ -56,14 +57,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a reader that has left can be dealt with
+        with command.together():
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv), argv is None)
+            sys.stdout.flush()  # here, where a reader that has left can be dealt with
         return code
+    except command.Lost as error:  # by now it is said why
+        return error.code
     except InputError as error:
         _report(error)
         return EXIT_BAD_INPUT
     except Interrupted as error:
-        print(str(error) or "stopped by a signal; the same command continues", file=sys.stderr)
+        if distributed.is_main():
+            print(str(error) or "stopped by a signal; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -80,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: InputError) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
-    for problem in error.problems:
+    for problem in error.problems if distributed.is_main() else ():
         print(f"error: {problem}", file=sys.stderr)
 
 
-def _dispatch(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+def _dispatch(argv: list[str], is_process: bool) -> int:
+    given = argparse.Namespace(given=argv, is_process=is_process)
+    args = parser().parse_intermixed_args(argv, given)  # flags may stand between the overrides
     if args.version:
         print(f"rlhf_exp {__version__}")
         return 0
@@ -99,13 +105,14 @@ def _dispatch(argv: list[str]) -> int:
 
 def _hydra(args: argparse.Namespace) -> int:
     """Everything that composes."""
-    from rlhf_exp import compose, sweep
+    from rlhf_exp import compose
+    from rlhf_exp.sweeps import plan as sweep
 
     with compose.session(args.config_dir) as hydra:
         if args.shell_completion:
             hydra.shell_completion(config_name=compose.ROOT, overrides=args.overrides)
             return 0
-        plan = sweep.plan(args.overrides, args.multirun)
+        plan = distributed.agree(lambda: sweep.plan(args.overrides, args.multirun))
         if args.cfg == "job":
             print(compose.yaml(plan.config, args.package, args.resolve), end="")
             return 0
@@ -115,33 +122,21 @@ def _hydra(args: argparse.Namespace) -> int:
         if args.info:
             hydra.show_info(args.info, config_name=compose.ROOT, overrides=plan.overrides)
             return 0
-        mode = "MULTIRUN" if plan.multirun else "RUN"
-        start = hydra.multirun if plan.multirun else hydra.run
+        if plan.multirun:
+            if distributed.world_size() > 1:
+                raise InputError(
+                    f"a sweep starts its trials itself, and was started {distributed.world_size()} times: start it "
+                    "without torchrun; hydra/launcher=slurm gives each trial its ranks"
+                )
+            from rlhf_exp.sweeps import run
+
+            return run.start(plan, task, args.given, args.config_dir, args.is_process)
         # the task's own errors are collected, what remains is Hydra's
         with sweep.failures() as failures, compose.explained():
-            start(compose.ROOT, task, [*plan.overrides, f"hydra.mode={mode}"])
-        return _summary(failures) if plan.multirun else _single(failures)
-
-
-def _single(failures: Sequence[Any]) -> int:
-    if failures:
-        raise failures[0].error
-    return 0
-
-
-def _summary(failures: Sequence[Any]) -> int:
-    """A line for each failed trial of a sweep."""
-    for failure in failures:
-        prefix = f"trial {failure.number} ({' '.join(failure.overrides)}): "
-        if isinstance(failure.error, InputError):
-            said = "; ".join(failure.error.problems)
-        else:
-            said = f"{type(failure.error).__name__}: {failure.error}".partition("\n")[0]
-        print(f"error: {prefix}{said}", file=sys.stderr)
-    if not failures:
+            hydra.run(compose.ROOT, task, [*plan.overrides, "hydra.mode=RUN"])
+        if failures:
+            raise failures[0].error
         return 0
-    bad_input = all(isinstance(failure.error, InputError) for failure in failures)
-    return EXIT_BAD_INPUT if bad_input else EXIT_FAILED
 
 
 def task(config: Any) -> float | None:
@@ -152,19 +147,16 @@ def task(config: Any) -> float | None:
     from rlhf_exp import compose
 
     node = HydraConfig.get()
-    trial = node.mode == RunMode.MULTIRUN
-    try:
-        run, choices = compose.to_run(config), compose.choices_of(node)
-        if trial:
-            print(f"trial {node.job.num}: {' '.join(node.overrides.task)}", flush=True)
-        from rlhf_exp.stages import pipeline
-        from rlhf_exp.stages.trial import inside
+    choices = compose.choices_of(node)
+    if node.mode == RunMode.MULTIRUN:
+        from rlhf_exp.sweeps import trial
 
-        with inside(Path(node.runtime.output_dir) if trial else None):
-            return pipeline.run(run, choices)
-    except InputError:
-        raise
-    except Exception:
-        if trial:
-            traceback.print_exc()  # now; the sweep may go on for hours
-        raise
+        folder = Path(node.runtime.output_dir)
+        ended = trial.run(trial.write(folder, node.job.num, node.overrides.task, config, choices))
+        if ended.error is not None:
+            raise ended.error
+        return ended.value
+    run = distributed.agree(lambda: compose.to_run(config))
+    from rlhf_exp.stages import pipeline
+
+    return pipeline.run(run, choices)

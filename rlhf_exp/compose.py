@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,35 +29,54 @@ from rlhf_exp.paths import conf_dir
 
 ROOT = "config"
 # what an upstream stage takes over from the run that needs it, as far as both have it
-INHERITED = ("model", "lora", "strategy", "tracking", "seed", "output_dir", "resume", "device", "threads")
+INHERITED = (
+    "model",
+    "lora",
+    "strategy",
+    "memory",
+    "tracking",
+    "seed",
+    "output_dir",
+    "resume",
+    "device",
+    "threads",
+)
 INHERITED += ("adapters", "upstream")
 SCORERS = (schema.GOLD, schema.LABELLER)  # reward models that have settings of their own
+# roles whose settings come on top of those of their stage
+ON_TOP = {**dict.fromkeys(SCORERS, "reward"), schema.RLOO: "ppo"}
 GOLD_SEED = 1000  # added to the seed of the gold scorer: past any ensemble's
 TEMPLATE = "dataset/template"
 COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
 UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
+FREE = ("upstream.", f"{overrides.DEEPSPEED}.")
 FOR_A_MODEL = ("model", "lora", "strategy")  # groups of config.yaml that not every stage has
 POLICY = ("ppo", "generation", "reward_source", "eval", "prefer", "judge")
 FROM = "dataset.comparisons_from"
 # lines of Hydra's and OmegaConf's messages that do not say what is wrong
 ADVICE = ("Available options", "Config search path", "Search path", "See http", "To append to")
 TYPES = ("object_type=", "reference_type=")
+_frozen: ContextVar[Path | None] = ContextVar("the config tree of the running session", default=None)
 
 
 @contextmanager
-def session(config_dir: str | None = None) -> Iterator[Any]:
-    """Hydra reading our tree, and `config_dir` after it: the running one if there is one, else a new one."""
-    if _ours_runs():
+def session(config_dir: str | Path | None = None, frozen: Path | None = None) -> Iterator[Any]:
+    """Hydra reading our tree, and `config_dir` after it: the running one if there is one, else a new one.
+
+    frozen: another copy of the tree, which is then ours within the block.
+    """
+    if _ours_runs(frozen):
         yield GlobalHydra.instance().hydra
         return
-    tree = conf_dir()
+    tree = frozen or _frozen.get() or conf_dir()
     launchers = tree.parent / "launchers"
     if launchers.is_dir() and str(launchers) not in sys.path:
         sys.path.append(str(launchers))  # a checkout that is not installed; a wheel has them in hydra_plugins
     schema.register()
     others = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with _afterwards(others), hydra.initialize_config_dir(str(tree), job_name="rlhf_exp", version_base="1.3"):
+    settings = {"job_name": "rlhf_exp", "version_base": "1.3"}
+    with _afterwards(others, tree), hydra.initialize_config_dir(str(tree), **settings):
         loader = GlobalHydra.instance().config_loader()
         if config_dir is not None:
             if not Path(config_dir).is_dir():
@@ -69,11 +89,13 @@ def session(config_dir: str | None = None) -> Iterator[Any]:
 
 
 @contextmanager
-def _afterwards(others: Any) -> Iterator[None]:
-    """Put the Hydra of another application back in its place."""
+def _afterwards(others: Any, tree: Path) -> Iterator[None]:
+    """`tree` is ours; afterwards put the Hydra of another application back in its place."""
+    token = _frozen.set(tree)
     try:
         yield
     finally:
+        _frozen.reset(token)
         GlobalHydra.instance().hydra = others
 
 
@@ -83,8 +105,9 @@ def _folders() -> list[Path]:
     return [Path(source.path) for source in sources if source.scheme() == "file"]
 
 
-def _ours_runs() -> bool:
-    return GlobalHydra.instance().is_initialized() and conf_dir() in _folders()
+def _ours_runs(frozen: Path | None = None) -> bool:
+    tree = frozen or _frozen.get() or conf_dir()
+    return GlobalHydra.instance().is_initialized() and tree in _folders()
 
 
 def tree() -> conftree.Tree:
@@ -109,10 +132,10 @@ def compose(given: Sequence[str]) -> tuple[schema.Run, dict[str, str]]:
 def opened(given: Sequence[str]) -> list[str]:
     """The overrides as Hydra wants them.
 
-    Keys below `upstream.<stage>` are free, and need its `++`; groups of config.yaml that the stage does not have (a
-    report has no model) are taken out by its `~`.
+    Keys below `upstream.<stage>` and strategy.deepspeed are free, and need its `++`; groups of config.yaml that the
+    stage does not have (a report has no model) are taken out by its `~`.
     """
-    lines = [f"++{line.lstrip('+')}" if line.lstrip("+").startswith("upstream.") else line for line in given]
+    lines = [f"++{line.lstrip('+')}" if line.lstrip("+").startswith(FREE) else line for line in given]
     stage = next((line.removeprefix("stage=") for line in given if line.startswith("stage=")), None)
     groups = FOR_A_MODEL if stage in schema.RUNS else ()
     return lines + [f"~{group}" for group in groups if not conftree.has_group(stage, group)]
@@ -204,9 +227,10 @@ def upstream(
     """The config of a stage that `parent` needs: its defaults, then what flows, then `upstream.<stage>`.
 
     role: the stage, or one of several of the same stage: `reward_1` and so on differ from `reward` in the seed only,
-    `gold` in the seed and in what `upstream.gold` sets on top of `upstream.reward`, `labeller` likewise. half: of the
-    comparisons, unless those say which. What stands before any labels of stage=prefer (gold, labeller, round 0) has
-    the data's own comparisons.
+    `gold` in the seed and in what `upstream.gold` sets on top of `upstream.reward`, `labeller` likewise; `rloo`
+    is ppo with another estimator, set by `upstream.rloo` on top of `upstream.ppo`. half: of the comparisons, unless
+    those say which. What stands before any labels of stage=prefer (gold, labeller, round 0) has the data's own
+    comparisons.
 
     Model, lora, strategy, tracking, seed and the like flow with their values; the dataset where it has the
     view that the stage reads (else one must be chosen); to ppo and eval also what they share with a ppo or
@@ -215,11 +239,13 @@ def upstream(
     start with `upstream.<stage>: `.
     """
     stage = schema.stage_of(role)
-    name = role if role in SCORERS else stage  # of its settings
+    name = role if role in ON_TOP else stage  # of its settings
     with session():
         given = _given(name, parent)
         if role in SCORERS or role.endswith(".0") or stage == "prefer":  # what comes before any labels
             given.values[FROM] = schema.DATA
+        if role == schema.RLOO:
+            given.values["ppo.estimator"] = role
         source = schema.DATA if "dataset" in given.options else parent.dataset.comparisons_from
         labelled = given.values.get(FROM, source) == schema.PREFER
         view = "prompts" if labelled and schema.VIEW[stage] == "comparisons" else schema.VIEW[stage]
@@ -258,8 +284,8 @@ def _template_of_run(parent: schema.Run, choices: dict[str, str]) -> schema.Temp
 
 
 def _given(name: str, parent: schema.Run) -> overrides.Settings:
-    """What `upstream.<name>` sets; for gold scorer and labeller on top of what the reward model is set to."""
-    names = ("reward", name) if name in SCORERS else (name,)
+    """What `upstream.<name>` sets; for gold scorer, labeller and rloo on top of what their stage is set to."""
+    names = (ON_TOP[name], name) if name in ON_TOP else (name,)
     found = overrides.Settings()
     for each in names:
         given = overrides.settings(schema.stage_of(each), getattr(parent.upstream, each, {}), tree())
@@ -282,11 +308,13 @@ def _flowing(stage: str, parent: schema.Run, has_view: bool) -> list[str]:
     if isinstance(parent, schema.PPORun) and stage in ("ppo", "eval"):
         names += POLICY
         if stage == "ppo":
-            names += ["optim", "selfcheck"]
+            names += ["optim", "selfcheck", "early_stop"]
+    if isinstance(parent, schema.PPORun) and stage in ("rft", "ilql"):
+        names += ["generation", "reward_source"]
     if isinstance(parent, schema.PPORun) and stage == "prefer":
         # not `judge`: the pipeline's is of its evaluation, and shall not be the one that labels
         names += ["prefer", "generation"]
-    if isinstance(parent, schema.EvalRun) and stage == "ppo":
+    if isinstance(parent, schema.EvalRun) and stage in ("ppo", "rft", "ilql"):
         names.append("reward_source")  # what is evaluated as reward is what it was trained on
     theirs = {f.name for f in fields(parent)} & {f.name for f in fields(schema.RUNS[stage])}
     return [name for name in names if name in theirs]

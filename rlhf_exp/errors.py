@@ -25,3 +25,7 @@ class Interrupted(BaseException):
 
     Not an Exception, as KeyboardInterrupt is none: nobody who expects trouble of another kind may swallow it.
     """
+
+
+class Pruned(Interrupted):
+    """A trial of a sweep that was ended early, after saving; without the rule that ended it, it would go on."""

@@ -15,11 +15,13 @@ import pytest
 import yaml
 
 import rlhf_exp
-from rlhf_exp import cli, compose, conftree, helppage, stages, sweep
+from rlhf_exp import cli, compose, conftree, helppage, stages
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.paths import conf_dir
+from rlhf_exp.sweeps import plan as sweep
+from rlhf_exp.tracking import NullTracker
 
-STAGES = "there are sft, prefer, reward, probe, ppo, ilql, dpo, kto, eval, export, report and pipeline"
+STAGES = "there are sft, prefer, reward, probe, ppo, ilql, dpo, kto, rft, eval, export, report and pipeline"
 
 
 def options(group: str, last: str = "and") -> str:
@@ -28,7 +30,7 @@ def options(group: str, last: str = "and") -> str:
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
-NO_STAGE = f"no stage: add stage=sft, prefer, reward, probe, ppo, ilql, dpo, kto, eval, export, report or pipeline, or experiment={options('experiment', 'or')}"
+NO_STAGE = f"no stage: add stage=sft, prefer, reward, probe, ppo, ilql, dpo, kto, rft, eval, export, report or pipeline, or experiment={options('experiment', 'or')}"
 
 
 class Pipeline(types.ModuleType):
@@ -49,6 +51,8 @@ def pipeline(monkeypatch):
     stub = Pipeline()
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     monkeypatch.setattr(stages, "pipeline", stub, raising=False)
+    # seconds for MLflow's database, which tests/sweeps looks at
+    monkeypatch.setattr("rlhf_exp.sweeps.collect.begin", lambda *_: NullTracker())
     return stub
 
 
@@ -321,7 +325,8 @@ def test_a_sweep_runs_each_value(run, pipeline):
     code, out, err = run("stage=ppo", "ppo.kl_coef=0.1,0.2", "seed=range(1,3)", "-m")
     assert (code, err) == (0, [])
     assert [(c.ppo.kl_coef, c.seed) for c, _ in pipeline.calls] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
-    assert out.splitlines()[3] == "trial 3: stage=ppo ppo.kl_coef=0.2 seed=2"
+    lines = [line for line in out.splitlines() if line.startswith("trial ")]
+    assert lines[3] == "trial 3: stage=ppo ppo.kl_coef=0.2 seed=2"
 
 
 def test_a_sweep_file_needs_no_flag(run, pipeline):
@@ -346,13 +351,23 @@ def test_a_sweep_over_stages_and_experiments(run, pipeline):
     ]
 
 
-def test_sweeps_started_in_the_same_second_stay_apart(run):
+def test_sweeps_started_in_the_same_second_stay_apart(run, pipeline):
     run("stage=ppo", "seed=1,2", "-m")
     run("stage=ppo", "seed=1,2", "-m")
     assert len(sweeps()) == 2
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", folder.name) for folder in sweeps())
     for folder in sweeps():
-        assert sorted(path.name for path in folder.rglob("*")) == ["0", "1", "multirun.yaml"]
+        files = {path.name for path in folder.iterdir()}
+        assert files == {
+            "0",
+            "1",
+            "code",
+            "ledger.jsonl",
+            "multirun.yaml",
+            "sweep.json",
+            "table.json",
+            "table.md",
+        }
 
 
 @pytest.mark.parametrize(

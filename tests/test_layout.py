@@ -18,19 +18,24 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_exp"
 
 # Part -> the parts it may import, besides itself and EVERYBODY. A part is a module or a whole folder.
-EVERYBODY = {"__version__", "errors", "fields", "paths", "model.quiet"}
+EVERYBODY = {"__version__", "distributed", "errors", "fields", "paths", "model.quiet"}
 COMMAND_LINE = {"schema", "conftree", "overrides"}
 MATHS = {"algorithms", "data", "model", "schema"}
+SWEEPS = {"sweeps.current", "sweeps.ledger", "sweeps.pruning"}
 STAGES = {
     *MATHS,
     "compose",
     "evaluation",
     "fetch",
+    "memory",
     "probes",
     "progress",
     "rewards",
     "rollout",
     "store",
+    "strategies",
+    "sweeps.current",
+    "sweeps.pruning",
     "tracking",
 }
 ALLOWED: dict[str, set[str]] = {
@@ -38,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "fields": set(),
     "paths": set(),
     "model.quiet": set(),
+    "distributed": set(),
     "schema": set(),
     "algorithms": set(),
     "progress": set(),
@@ -47,6 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "fetch": {"fetchable", "store"},
     "data": {"schema", "store"},
     "model": {"algorithms", "schema", "store", "fetch"},
+    "memory": {"model", "schema"},
+    "simulate": {"memory", "store", "tracking"},
     "rollout": MATHS,
     "rewards": MATHS,
     "evaluation": {*MATHS, "rewards", "rollout", "store", "tracking"},
@@ -56,16 +64,43 @@ ALLOWED: dict[str, set[str]] = {
     "compose": COMMAND_LINE,
     "helppage": {*COMMAND_LINE, "compose"},
     "modelpage": {"conftree"},
-    "sweep": {*COMMAND_LINE, "compose"},
+    # what stages may know of the sweep they are in, and what it stands on
+    "sweeps.current": {"store"},
+    "sweeps.ledger": {"store"},
+    "sweeps.pruning": {"sweeps.current", "sweeps.ledger", "schema", "store"},
+    "sweeps": {
+        *COMMAND_LINE,
+        "cli",
+        "compose",
+        "data",
+        "evaluation",
+        "progress",
+        "stages",
+        "store",
+        "tracking",
+        *SWEEPS,
+    },
+    "strategies": {"model", "schema"},
+    "jobs": {"compose", "distributed", "schema", "stages", "store", "strategies", "sweeps", *SWEEPS},
     "stages": STAGES,
-    "cli": {*COMMAND_LINE, "compose", "helppage", "progress", "stages", "store", "sweep", "tracking"},
+    "cli": {
+        *COMMAND_LINE,
+        "compose",
+        "helppage",
+        "progress",
+        "stages",
+        "store",
+        "strategies",
+        "sweeps",
+        "tracking",
+    },
     "__main__": {"cli"},
 }
 # parts that may import nothing of the package but this
 STRICT = {"schema": {"fields"}, "algorithms": set(), "errors": set(), "fields": set(), "paths": {"errors"}}
 
 # OmegaConf's containers stop here, below are dataclasses. Anybody may know what a missing value looks like.
-CONFIG_PARTS = {"cli", "compose", "overrides", "sweep"}
+CONFIG_PARTS = {"cli", "compose", "overrides", "sweeps"}
 # `--cfg job`, `--help`, looking for a model or into the store answer at once: HEAVY is imported in functions
 LIGHT_ENTRIES = ("cli", "compose", "helppage", "fetch", "store.__main__")
 HEAVY = {
@@ -81,7 +116,17 @@ HEAVY = {
         "gguf",
         "pyarrow",
     ),
-    *("mlflow", "sqlalchemy", "numpy", "scipy", "pandas", "matplotlib", "vaderSentiment", "huggingface_hub"),
+    *(
+        "deepspeed",
+        "mlflow",
+        "sqlalchemy",
+        "numpy",
+        "scipy",
+        "pandas",
+        "matplotlib",
+        "vaderSentiment",
+        "huggingface_hub",
+    ),
 }
 
 

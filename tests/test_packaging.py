@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # the scripts of benchmarks/ are no package: tests put their folder on the path
-OURS = {"rlhf_exp", "tests", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+OURS = {"rlhf_exp", "hydra_plugins", "tests", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 
 
 def _requirements(group: str | None = None) -> dict[str, Requirement]:
@@ -48,7 +48,10 @@ def _imported(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in names.items() if name not in sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize(("folder", "groups"), [("rlhf_exp", [None]), ("tests", [None, "test"])])
+@pytest.mark.parametrize(
+    ("folder", "groups"),
+    [("rlhf_exp", [None]), ("launchers", [None, "optuna"]), ("tests", [None, "test", "optuna"])],
+)
 def test_what_is_imported_is_declared(folder, groups):
     declared = set().union(*map(_requirements, groups))
     distributions = packages_distributions()
@@ -66,7 +69,7 @@ def test_pins_are_plain_and_fit_the_ranges():
     pins = {canonicalize_name(name): version for name, version in _pins().items()}
     for name, version in pins.items():
         assert re.fullmatch(r"[0-9a-z.]+", version), f"{name}=={version}: no URL, no local version"
-    for name, requirement in (_requirements() | _requirements("test")).items():
+    for name, requirement in (_requirements() | _requirements("test") | _requirements("optuna")).items():
         assert Version(pins[name]) in requirement.specifier, requirement
     assert pins["torch"] == "2.13.0"
     assert not [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
@@ -129,10 +132,15 @@ def test_wheel_has_the_config_tree_the_reviews_and_the_command(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
+    plugins = {"rlhf_local_pool", "rlhf_optuna", "rlhf_slurm"}
+    assert {f"hydra_plugins/{name}/config.py" for name in plugins} <= names
     conf = {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
     assert {f"rlhf_exp/{path.as_posix()}" for path in conf} <= names
     assert {"rlhf_exp/conf/config.yaml", "rlhf_exp/data/reviews.jsonl", "rlhf_exp/cli.py"} <= names
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"rlhf_exp"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "rlhf_exp",
+        "hydra_plugins",
+    }
     (entry,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "rlhf-exp = rlhf_exp.cli:main" in (tmp_path / "site" / entry).read_text()
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -31,6 +31,8 @@ ok    KL to the reference is 0 (4 prompts, 45 tokens, largest difference 0)
 ok    EOS can be drawn ('<|im_end|>' = 2, from token 2 of 32 on, probability up to 5e-07)
 (off) adapters belong to this base (not sft): adapters.sft was trained on another base: set model to that one
 FAIL  the reward model sees the tokens it was trained on (a prompt of 7 tokens): the ends differ
+note  log-probs are not of the distribution that answers are sampled from (top_k=50): KL and ratios are biased
+note: rlhf was tuned with the template chat; (it is no line of the self-check)
 ppo  1/16  score -4.40  gold 0.24  (ok)
 """
 CHECKS = {
@@ -38,6 +40,7 @@ CHECKS = {
     "EOS can be drawn": "ok",
     "adapters belong to this base": "(off)",
     "the reward model sees the tokens it was trained on": "FAIL",
+    "log-probs are not of the distribution that answers are sampled from": "note",
 }
 
 
@@ -189,7 +192,8 @@ def test_the_table_by_hand():
         "| none | `length` 2, –; `kl` 7, 4 |"
     )
     assert sigmoid.endswith(
-        "| (off) adapters belong to this base; FAIL the reward model sees the tokens it was trained on "
+        "| (off) adapters belong to this base; FAIL the reward model sees the tokens it was trained on; note "
+        "log-probs are not of the distribution that answers are sampled from "
         "| `short` 2 of 2, `truncated` 1 of 2 | none |"
     )
     assert raw == "| Sampler not replayed | 0 | 1.0 | 2.0 | 3.00 | 4.00 | not known | not known | none |"

@@ -215,7 +215,7 @@ def test_the_reference_has_every_key_once():
         ("dataset.template.response", ["text", '`" {response}"`', "", "yes"]),
         ("dataset.family", ["text", "required", "", "yes"]),
         ("ppo.whiten_advantages", ["true or false", "`true`", "", "yes"]),
-        ("ppo.micro_batch_size", ["a whole number", "`32`", "> 0", ""]),
+        ("ppo.micro_batch_size", ["a whole number", "`32`", ">= 0", ""]),
     ],
 )
 def test_a_row_of_the_reference(key, cells):

@@ -1,5 +1,7 @@
 """KL divergence between policy and reference, per token, and the reward that carries it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,3 +76,15 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
         raise ValueError(f"horizon must be more than a fifth of the {episodes} episodes, got {horizon}")
     error = min(max((kl - target) / target, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n, in nats: at most so far is best-of-n from the policy that it samples.
+
+    Stiennon et al. 2020 (arXiv:2009.01325), appendix G.3; Hilton 2023, "KL divergence of max-of-n". It is exact where
+    no two answers have the same score and each answer is improbable; in general it is an upper bound (Beirami et al.
+    2024, arXiv:2401.01879, section 3). 0 for n = 1. Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n

@@ -25,17 +25,21 @@ def row(
     prompt: Asked, chosen: str, rejected: str, margin: float, source: str, labeller: str
 ) -> dict[str, Any]:
     """A comparison as the file has it."""
-    found: dict[str, Any] = {"prompt": prompt}
-    if isinstance(prompt, Dialogue):
-        found = {"prompt": prompt.prompt, "history": [list(each) for each in prompt.history]}
-        found |= {"system": prompt.system} if prompt.system else {}
-    return found | {
+    return fields_of(prompt) | {
         "chosen": chosen,
         "rejected": rejected,
         "margin": margin,
         "source": source,
         "labeller": labeller,
     }
+
+
+def fields_of(prompt: Asked) -> dict[str, Any]:
+    """The fields of a row that say what was asked."""
+    if not isinstance(prompt, Dialogue):
+        return {"prompt": prompt}
+    found = {"prompt": prompt.prompt, "history": [list(each) for each in prompt.history]}
+    return found | ({"system": prompt.system} if prompt.system else {})
 
 
 def text_of(rows: Iterable[dict[str, Any]]) -> str:

@@ -85,15 +85,18 @@ def _but_seed(trial: Trial) -> dict[str, Any]:
 
 def labels(trials: Sequence[Trial]) -> list[str]:
     """A short name for each: its run_name, else its stage where stages differ, and what few settings differ."""
-    differing = differences(trials)
+    nameless = [trial for trial in trials if not trial.run_name]
+    differing = differences(nameless)
+    places = {id(trial): i for i, trial in enumerate(nameless)}
     short = _short(key for key in differing if key != "stage" and not SEED.fullmatch(key))
     several = len({trial.stage for trial in trials}) > 1
     found = []
-    for i, trial in enumerate(trials):
+    for trial in trials:
+        i = places.get(id(trial), 0)
         words = [
             f"{name}={written(values[i])}"
             for key, values in differing.items()
-            if (name := short.get(key)) and values[i] is not ABSENT and _common(values, trials)
+            if (name := short.get(key)) and values[i] is not ABSENT and _common(values, nameless)
         ]
         told = " ".join(words[:LABEL_KEYS])
         label = trial.run_name or " ".join(filter(None, [trial.stage if several or not told else "", told]))

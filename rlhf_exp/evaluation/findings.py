@@ -43,7 +43,8 @@ def _score(before: outcome.Policy, after: outcome.Policy) -> str:
 
 def _distance(before: outcome.Policy, after: outcome.Policy) -> str:
     kl = outcome.finite(after["metrics"], "kl")
-    return f", at a KL of {kl:.1f} nats from {outcome.title(before)}" if kl is not None else ""
+    most = "at most " if "kl" in (after.get("bounds") or ()) else ""
+    return f", at a KL of {most}{kl:.1f} nats from {outcome.title(before)}" if kl is not None else ""
 
 
 def _empty(after: outcome.Policy) -> str:

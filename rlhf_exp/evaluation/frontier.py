@@ -21,13 +21,17 @@ _SAME = 1e-12  # share of a column's square that is left when two columns are on
 
 
 class Point(NamedTuple):
-    """A policy: how far from the start, how good. step: of training; None: never was what trained (an average)."""
+    """A policy: how far from the start, how good. step: its place on its line; None: an average, on none.
+
+    bound: the KL is no more than this, as that of best-of-n.
+    """
 
     kl: float
     score: float
     step: float | None = None
     name: str = ""
     se: float | None = None  # standard error of the score
+    bound: bool = False
 
 
 class Band(NamedTuple):
@@ -39,6 +43,8 @@ class Band(NamedTuple):
     low: float
     high: float
     seeds: int
+    name: str = ""  # where all seeds' policies have one
+    bound: bool = False
 
 
 class Fit(NamedTuple):
@@ -173,18 +179,21 @@ def bands(runs: Sequence[Iterable[Point]], width: str = "range") -> list[Band]:
     """
     if width not in ("range", "se"):
         raise ValueError(f"a band is range or se, got {width}")
-    by_step = [{p.step: p for p in finite(run) if p.step is not None} for run in runs]
+    # the start apart: ilql's decoding by beta = 0 is at step 0 too
+    by_step = [{(p.step, p.step == 0 == p.kl): p for p in finite(run) if p.step is not None} for run in runs]
     if len(by_step) < 2:
         return []
     found = []
-    for step in sorted(set.intersection(*map(set, by_step))):
-        here = [run[step] for run in by_step]
+    for place in sorted(set.intersection(*map(set, by_step)), key=lambda place: (place[0], not place[1])):
+        step, here = place[0], [run[place] for run in by_step]
         kl, score = (sum(values) / len(here) for values in zip(*(p[:2] for p in here), strict=True))
         low, high = min(p.score for p in here), max(p.score for p in here)
         if width == "se":
             half = math.sqrt(math.fsum((p.score - score) ** 2 for p in here) / (len(here) - 1) / len(here))
             low, high = score - half, score + half
-        found.append(Band(step, kl, score, low, high, len(here)))
+        names = {p.name for p in here}
+        name = names.pop() if len(names) == 1 else ""
+        found.append(Band(step, kl, score, low, high, len(here), name, any(p.bound for p in here)))
     return found
 
 

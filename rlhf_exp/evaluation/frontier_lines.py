@@ -51,7 +51,7 @@ class Line:
         By step; averages over steps are on no line.
         """
         if self.bands:
-            return [[Point(b.kl, b.score, b.step, f"step {b.step:g}") for b in self.bands]]
+            return [[Point(b.kl, b.score, b.step, said(b), bound=b.bound) for b in self.bands]]
         return [[p for p in points if p.step is not None] for _, points in self.members]
 
     @property
@@ -80,6 +80,11 @@ class Picture:
     @property
     def label(self) -> str:
         return LABELS.get(self.objective, self.objective)
+
+
+def said(band: Band) -> str:
+    """What the mean of several seeds' policies is called: by its step, or by the name where that is no step's."""
+    return f"step {band.step:g}" if band.step == 0 or "@" in band.name else band.name or f"step {band.step:g}"
 
 
 def pictures(groups: Sequence[Group], report: Report) -> list[Picture]:
@@ -115,7 +120,10 @@ def _line(group: Group, index: int, source: str, objective: str, report: Report)
     members = [(trial, points_of(trial, source, objective, report)) for trial in group.trials]
     members = [(trial, points) for trial, points in members if points]
     runs = [points for _, points in members]
-    return Line(group, index, members, bands(runs, report.band), fitted(runs, report.fit))
+    # best-of-n has a law of its own (Gao et al. 2022)
+    best_of_n = any(p.bound for run in runs for p in run) and report.fit != "none"
+    form = "bon" if best_of_n else report.fit
+    return Line(group, index, members, bands(runs, report.band), fitted(runs, form))
 
 
 def points_of(trial: Trial, source: str, objective: str, report: Report) -> list[Point]:
@@ -126,7 +134,9 @@ def points_of(trial: Trial, source: str, objective: str, report: Report) -> list
     for row in trial.rows.get(source, []):
         kl, score = row.metrics.get(report.kl), row.metrics.get(objective)
         if kl is not None and score is not None:
-            found.append(Point(kl, score, row.step, row.name, row.metrics.get(f"{objective}_se")))
+            error = row.metrics.get(f"{objective}_se")
+            bound = row.bound and report.kl == "kl"
+            found.append(Point(kl, score, row.step, row.name, error, bound))
     return thinned(found, report.points) if source == TRAINING else finite(found)
 
 

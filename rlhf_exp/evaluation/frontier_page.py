@@ -116,7 +116,7 @@ def _plots(report: Report) -> Content:
         title, note = SAID[source]
         yield tag("h2", title)
         yield tag("p", note, cls="note")
-        yield tag("div", _key(found, report.fit), cls="key")
+        yield tag("div", _key(found), cls="key")
         yield _legend(report.groups, {line.index for picture in found for line in picture.lines})
         drawn = [
             tag(
@@ -130,7 +130,7 @@ def _plots(report: Report) -> Content:
         yield tag("div", drawn, cls="panels wide")
 
 
-def _key(found: Sequence[Picture], form: str) -> Content:
+def _key(found: Sequence[Picture]) -> Content:
     """What the marks mean, those that are there."""
     lines = [line for picture in found for line in picture.lines]
     yield tag("span", "○ and the thin steps: the Pareto set")
@@ -138,8 +138,13 @@ def _key(found: Sequence[Picture], form: str) -> Content:
         yield tag("span", "shaded: from seed to seed, the line is their mean")
     if any(line.unfinished for line in lines):
         yield tag("span", "dotted: not finished")
-    if any(not isinstance(line.fit, str) for line in lines):
-        yield tag("span", f"dashed: {LAWS[form]}, ◇ its peak")
+    if any(point.bound for line in lines for _, points in line.members for point in points):
+        yield tag(
+            "span", "hollow: best of n, whose KL is at most this, log n − (n − 1)/n beyond its policy's"
+        )
+    forms = dict.fromkeys(line.fit.form for line in lines if not isinstance(line.fit, str))
+    if forms:
+        yield tag("span", f"dashed: {' or '.join(LAWS[form] for form in forms)}, ◇ its peak")
     yield tag("span", "hover for figures; click a name to hide its line")
 
 

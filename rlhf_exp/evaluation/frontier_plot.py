@@ -218,12 +218,14 @@ def _tip(line: Line, picture: Picture, point: Point, told: str) -> str:
     error = f" ± {point.se:.3g}" if point.se is not None and math.isfinite(point.se) else ""
     step = "" if point.step is None else f"step {point.step:g}"
     where = ", ".join(dict.fromkeys(filter(None, [point.name, step, told])))
-    figures = [f"{picture.label} {point.score:.4g}{error}", f"KL {point.kl:.4g}"]
+    most = "at most " if point.bound else ""
+    figures = [f"{picture.label} {point.score:.4g}{error}", f"KL {most}{point.kl:.4g}"]
     return outcome.signed("\n".join([line.group.label, where, *figures]))
 
 
 def _dot(point: Point, size: float, shape: int, kind: str, tip: str, x: RootScale, y: Scale) -> Html:
     px, py = x(point.kl), y(point.score)
+    kind += " bound" * point.bound
     return mark(px, py, size, shape, cls=kind, data_tip=tip, data_x=str(px), data_y=str(py))
 
 

@@ -74,7 +74,8 @@ def _line(axes: Axes, line: Line) -> None:
     spots = [spot.point for spot in line.spots]
     label = line.group.label.replace("$", r"\$")  # no formula
     label = f" {label}" if label.startswith("_") else label  # which would hide it
-    dots = {"s": 22, "color": colour, "marker": marker, "label": label, "zorder": 3}
+    fills = [THEME["paper"] if p.bound else colour for p in spots]  # hollow: the KL is a bound
+    dots = {"s": 22, "c": fills, "edgecolors": colour, "marker": marker, "label": label, "zorder": 3}
     axes.scatter([root(p.kl) for p in spots], [p.score for p in spots], **dots)
 
 

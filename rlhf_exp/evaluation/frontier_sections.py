@@ -15,7 +15,7 @@ from rlhf_exp.evaluation.trials import HELDOUT, TRAINING
 SAID = {
     HELDOUT: (
         "Held-out prompts",
-        "Each dot is a policy that an evaluation looked at: SFT and kept checkpoints.",
+        "Each dot is a policy that an evaluation looked at: SFT, kept checkpoints, results of other algorithms.",
     ),
     TRAINING: (
         "Training curves",
@@ -47,6 +47,11 @@ def figure(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return outcome.MISSING if value is None or value == "" else str(value)
     return outcome.signed(outcome.write(value, ".4g"))
+
+
+def kl_of(value: float, bound: bool) -> str:
+    """A KL, which of best-of-n is known to be no more than this."""
+    return f"≤ {figure(value)}" if bound else figure(value)
 
 
 def table(
@@ -100,7 +105,7 @@ def _chosen(report: Report, picture: Picture, spot: Spot | None) -> Content:
     whose: Content = "start (SFT)"
     if point.step != 0 or point.kl != 0:
         label = next(line.group.label for line in picture.lines if line.index == spot.line)
-        whose = [_swatched(report, label), f", {point.name}, KL {figure(point.kl)}"]
+        whose = [_swatched(report, label), f", {point.name}, KL {kl_of(point.kl, point.bound)}"]
     return [tag("b", figure(point.score)), error, tag("div", whose, cls="whose")]
 
 
@@ -116,7 +121,7 @@ def pareto(report: Report) -> Content:
             {
                 "Trial": _swatched(report, row["group"]),
                 "Policy": row["policy"],
-                "KL": figure(row["kl"]),
+                "KL": kl_of(row["kl"], row["kl_is"] == "bound"),
                 label: [figure(row["score"]), tag("small", f" ± {row['se']:.2g}") if row["se"] else None],
                 "Seeds": figure(row["seeds"]),
             }
@@ -133,10 +138,12 @@ def fits(report: Report) -> Content:
     if not rows or report.fit == "none":
         return
     yield tag("h2", "Over-optimisation")
+    forms = dict.fromkeys([report.fit, *(row["form"] for row in rows if row["form"])])
     yield tag(
         "p",
-        f"{LAWS[report.fit]} with d = √KL (Gao et al. 2022, arXiv:2210.10760), by least squares over the policies of "
-        "a line, seeds together. Where β > 0 the score turns: beyond its peak, further from the start is worse.",
+        f"{' or, of best-of-n, '.join(LAWS[form] for form in forms)} with d = √KL (Gao et al. 2022, "
+        "arXiv:2210.10760), by least squares over the policies of a line, seeds "
+        "together. Where β > 0 the score turns: beyond its peak, further from the start is worse.",
         cls="note",
     )
     for number, picture in enumerate(report.pictures):
@@ -181,13 +188,14 @@ def trials(report: Report) -> Content:
             "Seed": figure(trial.config.get("seed")),
         }
         for source, word in ((TRAINING, "train"), (HELDOUT, "held-out")):
-            at = [r for r in trial.rows.get(source, []) if r.step is not None]
+            last = trial.last(source)
             if source == TRAINING:
-                row["Steps"] = figure(at[-1].step if at else None)
-            row[f"KL ({word})"] = figure(at[-1].metrics.get("kl") if at else None)
+                row["Steps"] = figure(last.step if last else None)
+            kl = last.metrics.get("kl") if last else None
+            row[f"KL ({word})"] = figure(kl) if kl is None else kl_of(kl, last.bound)
             for name in dict.fromkeys(p.objective for p in report.pictures if p.source == source):
                 label = next(p.label for p in report.pictures if p.objective == name)
-                row[f"{label} ({word})"] = figure(at[-1].metrics.get(name) if at else None)
+                row[f"{label} ({word})"] = figure(last.metrics.get(name) if last else None)
         shown.append(row)
     yield table(shown, "Trials", ["Run", "State"], ["What happened"])
     yield tag("p", "Figures of the last step or checkpoint.", cls="note")

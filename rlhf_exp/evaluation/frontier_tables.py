@@ -53,8 +53,7 @@ def trials(groups: Sequence[Group], objectives: Sequence[str]) -> Table:
 
 
 def _last(trial: Trial, source: str, objectives: Sequence[str]) -> dict[str, Any]:
-    at = [row for row in trial.rows.get(source, []) if row.step is not None]
-    last = at[-1] if at else None
+    last = trial.last(source)
     figures = {f"{source}_step": last.step if last else None}
     return figures | {
         f"{source}_{name}": last.metrics.get(name) if last else None for name in ("kl", *objectives)
@@ -88,6 +87,7 @@ def points(pictures: Sequence[Picture]) -> Table:
             "policy": point.name,
             "step": point.step,
             "kl": point.kl,
+            "kl_is": "bound" if point.bound else "measured",
             "score": point.score,
             "se": point.se,
         }
@@ -133,7 +133,7 @@ def best(pictures: Sequence[Picture]) -> Table:
 
 def _chosen(picture: Picture, spot: Spot | None) -> dict[str, Any]:
     if spot is None:
-        return dict.fromkeys(("group", "policy", "step", "kl", "score", "se", "seeds"))
+        return dict.fromkeys(("group", "policy", "step", "kl", "kl_is", "score", "se", "seeds"))
     label = next(line.group.label for line in picture.lines if line.index == spot.line)
     point = spot.point
     start = point.step == 0 and point.kl == 0
@@ -142,6 +142,7 @@ def _chosen(picture: Picture, spot: Spot | None) -> dict[str, Any]:
         "policy": point.name,
         "step": point.step,
         "kl": point.kl,
+        "kl_is": "bound" if point.bound else "measured",
         "score": point.score,
         "se": point.se,
         "seeds": spot.seeds,

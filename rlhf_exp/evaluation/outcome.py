@@ -9,11 +9,12 @@
               "metrics": {"answers": 128, "prompts": 64, "reward": .., "reward_se": .., ..}}}
 
 The first policy called `sft`, else the first, is the baseline. A policy whose step is null (an average) was never
-what trained; `run` (optional) tells apart the runs of which policies are checkpoints. `judge` (optional) says by whom
-and against which policy win rates are: {"by": "the reward model", "against": "sft"}. `<metric>_se` is a standard
-error; `gain` (optional) is the difference from the baseline with its interval. `data` (optional) is the data's own
-answers: a row to compare with, no policy. Anything may be missing: a metric that is not there shows as a dash, one
-that is not a number as `nan`.
+what trained; `run` (optional) tells apart the runs of which policies are checkpoints, `role` is the parent that it is
+from. `bounds` (optional) names metrics that are upper bounds: the KL of best-of-n, where `best_of` is n; `beta` is
+that of ilql's decoding. `judge` (optional) says by whom and against which policy win rates are: {"by": "the reward
+model", "against": "sft"}. `<metric>_se` is a standard error; `gain` (optional) is the difference from the baseline
+with its interval. `data` (optional) is the data's own answers: a row to compare with, no policy. Anything may be
+missing: a metric that is not there shows as a dash, one that is not a number as `nan`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,15 @@ METRICS = (
         terminal=False,
     ),
     Metric("kl", "KL", "KL", "nats", ".1f", "KL divergence from the first policy, summed over an answer."),
+    Metric(
+        "sampled_tokens",
+        "Sampled",
+        "sampled",
+        "tokens",
+        ".1f",
+        "Tokens sampled for an answer, EOS included; of best-of-n those of all n.",
+        terminal=False,
+    ),
     Metric("length", "Length", "length", "tokens", ".1f", "Mean length of an answer, without EOS."),
     Metric(
         "distinct_2", "Distinct-2", "dist-2", "", ".2f", "Share of token pairs that differ; low is sameness."
@@ -132,6 +142,12 @@ def write(value: float | None, spec: str) -> str:
     return (
         text.replace("-", "", 1) if text.startswith("-") and not any(c in "123456789" for c in text) else text
     )
+
+
+def shown(policy: Policy, metric: Metric) -> str:
+    """A policy's figure; of an upper bound with a sign that says so."""
+    text = write(number(policy["metrics"], metric.key), metric.spec)
+    return f"≤{text}" if metric.key in (policy.get("bounds") or ()) and text != MISSING else text
 
 
 def signed(text: str) -> str:

@@ -116,7 +116,7 @@ def _how_sure(after: outcome.Policy) -> str:
 
 
 def _tile(metric: outcome.Metric, before: outcome.Policy, after: outcome.Policy) -> Html:
-    value = outcome.signed(outcome.write(outcome.number(after["metrics"], metric.key), metric.spec))
+    value = outcome.signed(outcome.shown(after, metric))
     lines: list[Content] = [
         tag("div", metric.label, cls="name"),
         tag("div", value, tag("small", f" {metric.unit}") if metric.unit else None, cls="value"),
@@ -220,7 +220,7 @@ def _table(evaluation: Mapping[str, Any]) -> Content:
         cells = []
         for metric in metrics:
             error = outcome.finite(policy["metrics"], f"{metric.key}_se")
-            figure = outcome.signed(outcome.write(outcome.number(policy["metrics"], metric.key), metric.spec))
+            figure = outcome.signed(outcome.shown(policy, metric))
             width = tag("small", f" ± {outcome.write(error, metric.spec)}") if error else None
             cells.append(tag("td", figure, width, cls="best" if winners[metric.key] is policy else None))
         rows.append(tag("tr", tag("th", policy["name"], scope="row"), cells))

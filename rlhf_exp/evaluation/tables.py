@@ -47,7 +47,7 @@ def summary_table(evaluation: Mapping[str, Any]) -> Table:
         cells = [Text(line_of(policy["name"]), style="bold")]
         for metric in metrics:
             star = winners[metric.key] is policy
-            figure = _with_error(policy["metrics"], metric)
+            figure = _with_error(policy, metric)
             mark = "*" if star else " " if winners[metric.key] else ""
             cells.append(Text(figure + mark, style="bold green" if star else ""))
         table.add_row(*cells)
@@ -70,7 +70,7 @@ def _width(rows: Iterable[outcome.Policy], metrics: Iterable[outcome.Metric]) ->
     rows = list(rows)
     widths = [max(len("policy"), *(len(line_of(row["name"])) for row in rows))]
     for metric in metrics:
-        cells = [_with_error(row["metrics"], metric) for row in rows]
+        cells = [_with_error(row, metric) for row in rows]
         widths.append(max(len(metric.short), len(metric.unit), max(map(len, cells)) + metric.best))
     return sum(widths) + GAP * (len(widths) - 1)
 
@@ -123,10 +123,10 @@ def _answer(answer: Mapping[str, Any]) -> Text:
     return shown
 
 
-def _with_error(metrics: Mapping[str, Any], metric: outcome.Metric) -> str:
+def _with_error(policy: outcome.Policy, metric: outcome.Metric) -> str:
     """`0.62 ±0.04` for the scores, the bare figure for the others: the line has to fit into 80 columns."""
-    figure = outcome.write(outcome.number(metrics, metric.key), metric.spec)
-    error = outcome.finite(metrics, f"{metric.key}_se") if metric.best else None
+    figure = outcome.shown(policy, metric)
+    error = outcome.finite(policy["metrics"], f"{metric.key}_se") if metric.best else None
     return f"{figure} ±{outcome.write(error, metric.spec)}" if error else figure
 
 

@@ -34,11 +34,21 @@ TEXT = 4000  # characters of a sample that a page holds
 
 @dataclass
 class Row:
-    """A policy and its figures; step: of training, 0 at the start, None for what never was at a step."""
+    """A policy and its figures.
+
+    step: its place on its line: of training, 0 at the start; the n of best-of-n, the beta of ilql's decoding; None
+    for an average. bound: its KL is an upper bound, not a measurement.
+    """
 
     name: str
     step: float | None
     metrics: dict[str, float]
+    bound: bool = False
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is what training began at."""
+        return self.step == 0 and self.metrics.get("kl") == 0
 
 
 @dataclass
@@ -71,6 +81,15 @@ class Trial:
     def lost(self) -> bool:
         return self.state in LOST
 
+    def last(self, source: str) -> Row | None:
+        """The last policy of a source; an average only where there is nothing else but the start."""
+        rows = self.rows.get(source, [])
+        placed = [row for row in rows if row.step is not None]
+        ends = (
+            [row for row in placed if not row.is_start] or [row for row in rows if row.step is None] or placed
+        )
+        return ends[-1] if ends else None
+
     @property
     def task(self) -> tuple[str, str]:
         """(model, dataset) by name."""
@@ -100,11 +119,12 @@ def read(entries: Iterable[Entry], samples: int = 20) -> tuple[list[Trial], list
             else:
                 alone.append(replace(_trial(e), reason=_reason(e) or found))
             continue
-        for who, part in _by_run(found, parents).items():
-            trial = known.get(parents.get(who, ""))
+        parts = _by_run(found, parents)
+        for who, part in parts.items():
+            trial = None if who in found.apart else known.get(parents.get(found.roles.get(who, who), ""))
             if trial is None:
                 trial = _trial(e)
-                if len(parents) > 1:  # of several policies: each is a trial
+                if len(parts) > 1 or len(parents) > 1 or who in found.apart:  # each policy is a trial
                     trial.name, trial.path = f"{trial.name}:{who}", f"{trial.path}#{who}"
                     trial.run_name = trial.config["policy"] = who
                 alone.append(trial)
@@ -112,6 +132,8 @@ def read(entries: Iterable[Entry], samples: int = 20) -> tuple[list[Trial], list
                 older = shown[trial.name].name
                 notes.append(f"{trial.name} was evaluated more than once: {e.name} is shown, not {older}.")
             shown[trial.name] = e
+            if who == found.roles.get(who) and who != trial.stage:
+                trial.run_name = trial.run_name or who  # rloo, which is of stage ppo
             trial.rows[HELDOUT], trial.samples[HELDOUT] = part.rows, part.samples
             trial.evaluation = read_config(e)
             both = trial.digest + _digest(e.path, (EVALUATION, CONFIG))
@@ -135,29 +157,46 @@ class Evaluated(NamedTuple):
     rows: list[Row]
     samples: list[Sample]
     runs: list[str]
+    roles: Mapping[str, str]  # of these runs among the evaluation's parents, where it says so
+    apart: frozenset[str]  # those that no run trained: best-of-n of some policy
 
 
 def _by_run(found: Evaluated, parents: Mapping[str, str]) -> dict[str, Evaluated]:
     """Role or name -> its part of an evaluation of several runs; the start belongs to each."""
+    runs = found.runs
     if len(parents) < 2:
-        return {next(iter(parents), ""): found}
+        own = next(iter(parents), "")
+        if not found.apart:
+            return {own: found._replace(rows=_placed(found.rows))}
+        runs = [run if run in found.apart or not run else own or "policies" for run in runs]
     parts = {}
-    for who in dict.fromkeys(run for run in found.runs if run):
-        rows = [row for row, run in zip(found.rows, found.runs, strict=True) if run in ("", who)]
+    for who in dict.fromkeys(run for run in runs if run):
+        rows = [row for row, run in zip(found.rows, runs, strict=True) if run in ("", who)]
+        rows = _placed(rows)
         names = {row.name for row in rows}
         samples = [
             Sample(s.prompt, {name: answer for name, answer in s.answers.items() if name in names})
             for s in found.samples
         ]
-        parts[who] = Evaluated(rows, samples, [])
+        parts[who] = Evaluated(rows, samples, [], {}, frozenset())
     return parts
 
 
+def _placed(rows: list[Row]) -> list[Row]:
+    """The only policy of a run has a place on its line, so that seeds can be joined: it is where training ended."""
+    ends = [row for row in rows if not row.is_start]
+    if len(ends) != 1 or ends[0].step is not None:
+        return rows
+    return [replace(row, step=1.0) if row is ends[0] else row for row in rows]
+
+
 def _run_of(policy: Mapping[str, Any]) -> str:
-    """`run`, which an evaluation of several gives; else the name without its step: ppo of ppo@8 and ppo (ema)."""
+    """`run` or `role`, which an evaluation of several gives; else the name without its step: ppo of ppo@8."""
     if policy.get("step") == 0 and policy["metrics"].get("kl") == 0:
         return ""
-    return str(policy.get("run") or re.sub(r"(@\d+| \(\w+\))+$", "", str(policy["name"])))
+    return str(
+        policy.get("run") or policy.get("role") or re.sub(r"(@\d+| \(\w+\))+$", "", str(policy["name"]))
+    )
 
 
 def _trial(e: Entry) -> Trial:
@@ -224,10 +263,13 @@ def _evaluation(e: Entry, samples: int) -> Evaluated | str:
         return "it has no figures"
     try:
         content = json.loads((e.path / EVALUATION).read_text(encoding="utf-8"))
+        policies = content["policies"]
         pairs = [
-            (Row(str(p["name"]), _step(p.get("step")), _numbers(p["metrics"])), _run_of(p))
-            for p in content["policies"]
+            (Row(str(p["name"]), _place(p), _numbers(p["metrics"]), "kl" in p.get("bounds", ())), _run_of(p))
+            for p in policies
         ]
+        roles = {_run_of(p): str(p["role"]) for p in policies if p.get("role")}
+        apart = frozenset(_run_of(p) for p in policies if p.get("best_of"))
         shown = [
             Sample(
                 _cut(sample["prompt"]),
@@ -237,8 +279,14 @@ def _evaluation(e: Entry, samples: int) -> Evaluated | str:
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{EVALUATION} cannot be read ({type(error).__name__}: {error})"
-    pairs.sort(key=lambda pair: math.inf if pair[0].step is None else pair[0].step)
-    return Evaluated([row for row, _ in pairs], shown, [run for _, run in pairs])
+    pairs.sort(key=lambda pair: (math.inf if pair[0].step is None else pair[0].step, not pair[0].is_start))
+    return Evaluated([row for row, _ in pairs], shown, [run for _, run in pairs], roles, apart)
+
+
+def _place(policy: Mapping[str, Any]) -> float | None:
+    """The step of a policy in eval.json, or what takes its place on a line."""
+    values = (_step(policy.get(name)) for name in ("step", "best_of", "beta"))
+    return next((value for value in values if value is not None), None)
 
 
 def _step(value: Any) -> float | None:

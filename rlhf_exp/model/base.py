@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Model
@@ -42,6 +43,12 @@ BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+class Shards(Protocol):
+    """The weights of a base that several ranks hold together."""
+
+    def whole(self) -> AbstractContextManager[None]: ...
+
+
 @dataclass
 class Base:
     """The one frozen model that all roles share, with its tokenizer."""
@@ -53,6 +60,8 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     _output: OutputLayer | None = field(default=None, repr=False, compare=False)
+    # strategy=zero3: the ranks hold a part of the weights each (strategies/parameters.py); None: all are here
+    shards: Shards | None = field(default=None, repr=False, compare=False)
 
     @property
     def eos_id(self) -> int:
@@ -70,6 +79,15 @@ class Base:
         from rlhf_exp.store.keys import fingerprint_folder
 
         return f"{fingerprint_folder(self.path, TOKENIZER)}:{self.eos_id}"
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether a forward needs all ranks, which gather the weights in it."""
+        return self.shards is not None
+
+    def whole(self) -> AbstractContextManager[None]:
+        """All weights are here inside: many forwards that gather once. All ranks enter and leave together."""
+        return nullcontext() if self.shards is None else self.shards.whole()
 
     @property
     def hidden_size(self) -> int:
@@ -227,8 +245,8 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
     """
     import torch
 
-    from rlhf_exp.model import attention, fused, loading, pages, quantize, shapes
-    from rlhf_exp.model.quiet import no_progress_bars
+    from rlhf_exp.model import attention, frozen_linear, fused, loading, pages, quantize, shapes
+    from rlhf_exp.model.quiet import no_progress_bars, spare_deepspeed
 
     device = resolve_device(device)
     quantize.require(model, device)
@@ -238,11 +256,13 @@ def load_base(model: Model, device: str = "auto", path: Path | None = None, seed
     dtype = getattr(torch, resolve_dtype(model.dtype, device))
     if not model.from_scratch and any(folder.glob(BIN[0])) and not any(folder.glob(WEIGHTS[0])):
         shapes.of_model(folder)  # torch refuses a file that names code, too, but tells how to run it
+    spare_deepspeed()
     with no_progress_bars():
         tokenizer = loading.read_tokenizer(model, folder)
         loaded = loading.read_model(model, folder, dtype, device, seed)
     loaded.requires_grad_(False).eval()
     fused.install(loaded)
+    frozen_linear.install(loaded)
     if dtype == torch.bfloat16 and device == "cpu":
         attention.install(loaded)
     loading.require_straight_logits(loaded, folder)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.schema import Lora, Model
+from rlhf_exp.schema import Lora, Model, Optim
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,17 @@ def require(model: Model, device: str, lora: Lora | None = None) -> None:
         raise InputError(f"{key} needs the package bitsandbytes: pip install 'rlhf-exp[quant]'")
     if device != "cuda":
         raise InputError(f"{key} needs a CUDA device, this run is on {device}: set model.quantization=none")
+
+
+def require_moments(optim: Optim, device: str) -> None:
+    """InputError unless the moments can be kept as `optim.moments` says on this device ("cpu" or "cuda")."""
+    if optim.moments == "float32":
+        return
+    key = f"optim.moments={optim.moments}"
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{key} needs the package bitsandbytes: pip install 'rlhf-exp[quant]'")
+    if device != "cuda":
+        raise InputError(f"{key} needs a CUDA device, this run is on {device}: set optim.moments=float32")
 
 
 def config_of(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:

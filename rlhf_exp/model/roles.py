@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.model import lora_linear
+from rlhf_exp.model import lora_linear, sharing
 from rlhf_exp.schema import Lora, Model
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ PREFIX = "base_model.model."  # PEFT's file format names tensors as seen from it
 # an adapter's tensors, and how their names end in a file
 PARTS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
 BASE = None  # the role without an adapter
+OURS = (
+    "_recomputes_in_roles"  # mark of a model whose layers `Roles.checkpoint_activations` has made recompute
+)
 
 
 def lora_config(lora: Lora, model: Model) -> LoraConfig:
@@ -63,7 +66,8 @@ def lora_config(lora: Lora, model: Model) -> LoraConfig:
 class Roles:
     """The adapters on one base, of which one (or none) is active at a time."""
 
-    def __init__(self, base: Base):
+    def __init__(self, base: Base, recompute: bool = False):
+        """recompute: `checkpoint_activations` from the start."""
         self.base = base
         self.active: str | None = BASE
         self._configs: dict[str, LoraConfig] = {}
@@ -71,6 +75,8 @@ class Roles:
         self._checkpointable = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointing = False
         self._autocasts = False
+        if recompute:
+            self.checkpoint_activations()
 
     # ---------------------------------------------------------------- adapters
 
@@ -150,6 +156,7 @@ class Roles:
         model.__dict__.pop("_hf_peft_config_loaded", None)
         if self._checkpointing:
             model.activation_checkpointing_disable()
+            model.__dict__.pop(OURS, None)
         self._layers, self._configs, self.active = [], {}, BASE
 
     def parameters(self, role: str) -> list[nn.Parameter]:
@@ -196,23 +203,65 @@ class Roles:
         token, so no mask is built. `arguments` go to the transformer (left-padded callers pass their mask).
         In the base's dtype: autocast leaves a last LayerNorm's output in float32 on some devices.
         """
-        with self.use(role):
+        with self.use(role), self._recomputed():
             hidden = self.base.trunk(input_ids=ids, use_cache=False, **arguments).last_hidden_state
         return hidden.to(self.base.dtype)
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward (less memory, a third more time), each in its own role."""
-        self.base.model.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.use(self.active))}
-        )
+        """Recompute activations in the backward (less memory, a third more time), each in its own role.
+
+        Raises InputError for an architecture that transformers cannot do it for.
+        """
+        if not self.base.model.supports_gradient_checkpointing:
+            raise InputError(
+                f"memory.gradient_checkpointing: {type(self.base.model).__name__} cannot recompute its layers: "
+                "set it to false"
+            )
+        self.base.model.activation_checkpointing_enable(self.recomputation)
         self._checkpointing = True
+        setattr(self.base.model, OURS, True)
+
+    @property
+    def recomputation(self) -> dict[str, Any]:
+        """torch's settings for it, for a library that switches it off and on again."""
+        return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._later())}
+
+    def _later(self) -> AbstractContextManager[None]:
+        """What is so now (the role, and how rows are shared), for a layer that is computed again."""
+        role, sharing_again = self.active, sharing.again()
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with self.use(role), sharing_again:
+                yield
+
+        return both()
+
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only: inside, these are, where there will be a backward.
+
+        The layers alone and not what is in them: no dropout is switched on.
+        """
+        if not self._checkpointing or not torch.is_grad_enabled():
+            yield
+            return
+        waiting = [module for module in self._checkpointable if not module.training]
+        for module in waiting:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in waiting:
+                module.training = False
 
     # ---------------------------------------------------------------- inside
 
     def _activate(self, role: str | None) -> None:
         if role is not BASE and role not in self._configs:
             raise KeyError(f"no role {role!r}; there are {', '.join(self._configs) or 'none'}")
-        if not self._checkpointing and any(module.gradient_checkpointing for module in self._checkpointable):
+        ours = hasattr(self.base.model, OURS)
+        if not ours and any(module.gradient_checkpointing for module in self._checkpointable):
             raise RuntimeError(
                 "gradient checkpointing was switched on by somebody else: it would recompute a forward in "
                 "another role and put its gradient there; use Roles.checkpoint_activations()"

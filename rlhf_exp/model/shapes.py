@@ -122,8 +122,16 @@ def wrapped(shapes: Shapes, targets: Sequence[str]) -> Shapes:
     return found
 
 
+OUTPUT = ("lm_head", "embed_out", "output_layer")  # what models call their projection to the vocabulary
+
+
 def require_targets(shapes: Shapes, targets: Sequence[str], model: str) -> None:
     """InputError that names every target no module of the model has, and what there is."""
+    if heads := [target for target in targets if target in OUTPUT]:
+        raise InputError(
+            f"lora.targets: {', '.join(heads)} is the output layer, which is frozen and shared by all roles here (an "
+            "adapter on it would have no effect): leave it out"
+        )
     there = {name.split(".")[-2] for name, shape in shapes.items() if name.count(".") > 1 and len(shape) == 2}
     if missing := [target for target in targets if target not in there]:
         raise InputError(

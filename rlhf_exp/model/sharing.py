@@ -12,7 +12,7 @@ whole row is made, and nothing is computed only to be masked. The function goes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ class Unsupported(Exception):
 
 
 # innermost last: an attention function is given no more than its layer's tensors
-_now: list[list[Text]] = []
+_now: list[tuple[PreTrainedModel, list[Text]]] = []
 _windows: set[int] | None = None
 
 
@@ -42,10 +42,21 @@ _windows: set[int] | None = None
 def shared(model: PreTrainedModel, spans: Sequence[tuple[int, int, int, int]]) -> Iterator[None]:
     """Inside, forwards of one row [1, T] compute the pairs of `spans`.
 
-    Each is (first place, tokens of the prompt, of the chosen, of the rejected answer). A backward may come later, but
-    not with activations that are recomputed in it. Forwards raise Unsupported where the model's attention does more
+    Each is (first place, tokens of the prompt, of the chosen, of the rejected answer). A backward may come later; one
+    that recomputes activations does it in `again`. Forwards raise Unsupported where the model's attention does more
     than is done here; a model that never asks for this attention is not noticed.
     """
+    with _sharing(model, texts_of(spans)):
+        yield
+
+
+def again() -> AbstractContextManager[None]:
+    """What is shared here and now, for a forward that comes later."""
+    return _sharing(*_now[-1]) if _now else nullcontext()
+
+
+@contextmanager
+def _sharing(model: PreTrainedModel, texts: list[Text]) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _interface)
@@ -54,7 +65,7 @@ def shared(model: PreTrainedModel, spans: Sequence[tuple[int, int, int, int]]) -
     config._attn_implementation = NAME
     for module, name, function in own:
         setattr(module, name, MethodType(function, module))
-    _now.append(texts_of(spans))
+    _now.append((model, texts))
     try:
         yield
     finally:
@@ -125,7 +136,7 @@ def _attend(
         raise Unsupported("its attention has a mask of its own")
     if dropout:
         raise Unsupported("its attention has dropout")
-    return attend(query, key, value, _now[-1], scaling, bias, window)
+    return attend(query, key, value, _now[-1][1], scaling, bias, window)
 
 
 def texts_of(spans: Sequence[tuple[int, int, int, int]]) -> list[Text]:

@@ -25,7 +25,7 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean
 from rlhf_exp.rewards import relevance, rules, user
 from rlhf_exp.rewards.parts import readable
-from rlhf_exp.schema import LEARNED, EvalRun, ILQLRun, PPORun, PreferRun, RandomWalks, Run, rules_of
+from rlhf_exp.schema import LEARNED, EvalRun, ILQLRun, PPORun, PreferRun, RandomWalks, RFTRun, Run, rules_of
 
 Texts = Sequence[str]
 NONE = "none"  # of eval.gold, reward_source.gold, eval.judge
@@ -138,10 +138,10 @@ def _named(name: str) -> Iterator[None]:
 
 
 def of_config(config: Run) -> dict[str, str]:
-    """{key: spec} of the functions that a run of ppo, ilql, eval or prefer scores with."""
+    """{key: spec} of the functions that a run of ppo, ilql, rft, eval or prefer scores with."""
     if isinstance(config, PreferRun):
         return rules_of(config.prefer)
-    if not isinstance(config, PPORun | ILQLRun | EvalRun):
+    if not isinstance(config, PPORun | ILQLRun | RFTRun | EvalRun):
         return {}
     found = {part.key: part.spec for part in readable(config.reward_source)[0]}
     if isinstance(config, EvalRun):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf_exp.data.collate import right_pad
+from rlhf_exp import distributed
+from rlhf_exp.data.collate import grouped, right_pad
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles
 
@@ -28,22 +29,26 @@ def score_sequences(
     sequences: Sequence[Sequence[int]],
     size: int,
     tell: Callable[[int], None] = lambda done: None,
+    tokens: int = 0,
 ) -> list[float]:
     """Scores of whole sequences (prompt + answer + EOS, as the reward model was trained), `size` at a time.
 
-    tell: is told how many are done so far.
+    tokens: of a forward, padding included, at most; 0: no limit.
+    tell: is told how many are done so far. Several ranks share the sequences; all return all scores.
     """
     device, pad_id = roles.base.device, roles.base.pad_id
-    scores, done = [0.0] * len(sequences), 0
-    for rows in _chunks(sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i)), size):
+    scores: dict[int, float] = {}
+    done = 0
+    ordered = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
+    groups = distributed.shares(
+        ordered, lambda hand: grouped(hand, [len(sequences[i]) for i in hand], size, tokens)
+    )
+    for rows, counts in distributed.turns(groups, roles.base.in_shards):
         ids, lengths = (x.to(device) for x in right_pad([sequences[i] for i in rows], pad_id))
-        for i, score in zip(rows, last_token_scores(roles, role, head, ids, lengths).tolist(), strict=True):
-            scores[i] = score
+        found = last_token_scores(roles, role, head, ids, lengths).tolist()
+        if counts:
+            scores |= zip(rows, found, strict=True)
         done += len(rows)
-        tell(done)
-    return scores
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+        tell(min(done * distributed.world_size(), len(sequences)))
+    scores = distributed.union(scores)
+    return [scores[i] for i in range(len(sequences))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.data.collate import right_pad
 from rlhf_exp.data.pairs import Packed, Pair, groups, pack
 from rlhf_exp.model.base import Base
@@ -57,15 +58,35 @@ def score_pairs(
     size: int,
     tokens: int = 0,
     share: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, float]]:
-    """(score of chosen, score of rejected) of each pair; a forward has at most `size` pairs and `tokens` tokens."""
-    scores = [(0.0, 0.0)] * len(pairs)
-    for rows in groups(pairs, tokens, size):
+    """(score of chosen, score of rejected) of each pair; a forward has at most `size` pairs and `tokens` tokens.
+
+    Several ranks share the pairs; all return all scores. progress: is told after each forward how many pairs are
+    scored (of several ranks about as many, by this one's).
+    """
+    scores: dict[int, tuple[float, float]] = {}
+    for rows, counts in distributed.turns(dealt(pairs, tokens, size), roles.base.in_shards):
         packed = pack([pairs[i] for i in rows]).to(roles.base.device)
         found = head(hidden_states(roles, role, packed, share)[:, -1])
-        for i, chosen, rejected in zip(rows, *(side.tolist() for side in found.chunk(2)), strict=True):
-            scores[i] = (chosen, rejected)
-    return scores
+        if counts:
+            sides = (side.tolist() for side in found.chunk(2))
+            scores |= zip(rows, zip(*sides, strict=True), strict=True)
+        progress(min(len(scores) * distributed.world_size(), len(pairs)))
+    scores = distributed.union(scores)
+    return [scores[i] for i in range(len(pairs))]
+
+
+def dealt(pairs: Sequence[Pair], tokens: int, size: int) -> list[list[int]]:
+    """`data.pairs.groups`, on several ranks each rank's own, in turn."""
+    if distributed.world_size() == 1:
+        return groups(pairs, tokens, size)
+    ordered = sorted(range(len(pairs)), key=lambda i: (-pairs[i].tokens, i))
+
+    def grouped(hand: Sequence[int]) -> list[list[int]]:
+        return [[hand[i] for i in part] for part in groups([pairs[i] for i in hand], tokens, size)]
+
+    return distributed.shares(ordered, grouped)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From what a labeller says of a prompt's answers to the pairs that are kept.
+"""From what a labeller says of a prompt's answers to the pairs that are kept; from their scores to the best of them.
 
 A labeller's word on k answers is a table of margins [k][k]: how much better answer i is than answer j, the negative
 of the same of j and i; None where it has no verdict (a judge whose winner changes with the order). Scores give
@@ -18,6 +18,7 @@ Margins = list[list[float | None]]
 BEST_WORST = "best_worst"  # of prefer.pairs
 TIE, NO_VERDICT, NEAR = "ties", "verdict changed with the order", "margin below prefer.min_margin"
 FEW = "prompts with fewer than two different answers"
+LOW, NOT_BEST = "score below the threshold", "not among the best"
 
 
 class Pick(NamedTuple):
@@ -81,3 +82,21 @@ def orders(margins: Margins) -> list[int]:
     """For each pair i < j: 1 where i is better, -1 where j is, 0 where there is no verdict."""
     upper = (margins[i][j] or 0.0 for i, j in combinations(range(len(margins)), 2))
     return [(value > 0) - (value < 0) for value in upper]
+
+
+def best(
+    scores: Sequence[float], places: Sequence[int], most: int, least: float | None, dropped: Counter[str]
+) -> list[int]:
+    """Of `places`, those of the `most` highest scores, best first, the first of equal ones; 0: all.
+
+    Best-of-n (Stiennon et al. 2020) for most=1. least: lower scores do not count. What is left out is counted in
+    `dropped` by reason. FloatingPointError for a score that is not finite.
+    """
+    if not all(math.isfinite(score) for score in scores):
+        raise FloatingPointError(f"the scores hold nan or inf: {list(scores)}")
+    enough = [i for i in places if least is None or scores[i] >= least]
+    kept = sorted(enough, key=lambda i: (-scores[i], i))[: most or None]
+    for reason, count in ((LOW, len(places) - len(enough)), (NOT_BEST, len(enough) - len(kept))):
+        if count:
+            dropped[reason] += count
+    return kept

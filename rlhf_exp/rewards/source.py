@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rlhf_exp import distributed
 from rlhf_exp.rewards import functions
 from rlhf_exp.rewards.parts import parts_of
 from rlhf_exp.schema import GOLD, LEARNED, RewardSource, proxies
@@ -31,10 +32,12 @@ def score(
     responses: Ids,
     size: int,
     figures: dict[str, float] | None = None,
+    tokens: int = 0,
 ) -> list[float]:
     """One number a response, from the sampled ids as they are (learned) or from their text (rules).
 
-    A reward model sees the very ids that were sampled, EOS included, as in its training; `size` rows a forward.
+    A reward model sees the very ids that were sampled, EOS included, as in its training; `size` rows a forward, and
+    `tokens` of them with their padding (0: no limit).
     heads: of the reward models, by role. figures: where the means of a sum's parts and of the members' disagreement
     are noted.
     """
@@ -42,7 +45,9 @@ def score(
     totals = [0.0] * len(responses)
     for place, part in enumerate(parts, 1):
         if part.spec == LEARNED:
-            members = [by_model(role, roles, heads, prompts, responses, size) for role in proxies(source)]
+            members = [
+                by_model(role, roles, heads, prompts, responses, size, tokens) for role in proxies(source)
+            ]
             values, spread = join(members, source.ensemble_lambda)
             if figures is not None and len(members) > 1:
                 figures["objective/ensemble_std"] = mean(spread)
@@ -81,26 +86,34 @@ def by_gold(
     responses: Ids,
     asked: Sequence[str],
     size: int,
+    tokens: int = 0,
 ) -> list[float]:
     """Scores of a gold scorer, learned or a rule; asked: the prompts as the data have them, which rules look at."""
     if spec == LEARNED:
-        return by_model(GOLD, roles, heads, prompts, responses, size)
+        return by_model(GOLD, roles, heads, prompts, responses, size, tokens)
     texts = roles.base.tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
-    return functions.score(spec, asked, texts, device=str(roles.base.device))
+    return distributed.from_main(lambda: functions.score(spec, asked, texts, device=str(roles.base.device)))
 
 
 def by_model(
-    role: str, roles: Roles, heads: Mapping[str, ScalarHead], prompts: Ids, responses: Ids, size: int
+    role: str,
+    roles: Roles,
+    heads: Mapping[str, ScalarHead],
+    prompts: Ids,
+    responses: Ids,
+    size: int,
+    tokens: int = 0,
 ) -> list[float]:
     """The scores of the reward model that has this role."""
     from rlhf_exp.rewards.learned import score_sequences
 
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    return score_sequences(roles, role, heads[role], sequences, size)
+    return score_sequences(roles, role, heads[role], sequences, size, tokens=tokens)
 
 
 def by_rule(spec: str, roles: Roles, prompts: Ids, responses: Ids) -> list[float]:
     """The scores of a rule, from the texts that the ids stand for."""
     decode = roles.base.tokenizer.batch_decode
-    texts = (decode([list(ids) for ids in rows], skip_special_tokens=True) for rows in (prompts, responses))
-    return functions.score(spec, *texts, device=str(roles.base.device))
+    texts = [decode([list(ids) for ids in rows], skip_special_tokens=True) for rows in (prompts, responses)]
+    # a rule may look at all answers at once, or draw: one rank asks it
+    return distributed.from_main(lambda: functions.score(spec, *texts, device=str(roles.base.device)))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms.support import Support
 from rlhf_exp.data.collate import left_pad
 from rlhf_exp.model.base import Base
@@ -96,10 +97,27 @@ def generate(
     role: a context manager in which the base computes as the policy, e.g. `lambda: roles.use("policy")`. keys: of
     `noise.row_key`, one a row: they alone decide the noise. Prompts must not be empty. `adjust` changes the
     distribution before the processors (ILQL's Q). Raises InputError for a suppressed token that is not in the
-    vocabulary, FloatingPointError for logits that are no distribution.
+    vocabulary, FloatingPointError for logits that are no distribution. Several ranks share the prompts; all return
+    all answers.
     """
+    if distributed.world_size() > 1:
+        from rlhf_exp.rollout import division
+
+        return division.generate(_generate, base, role, prompts, keys, generation, adjust)
+    return _generate(base, role, prompts, keys, generation, adjust)
+
+
+def _generate(
+    base: Base,
+    role: Callable[[], AbstractContextManager[None]],
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    generation: Generation,
+    adjust: Adjust | None = None,
+) -> Rollout:
+    """`generate` on this rank."""
     decoding = _Decoding(base, prompts, keys, generation, adjust)
-    with role():
+    with role(), base.whole():
         for step in range(generation.max_new_tokens):
             if not decoding.advance(step):
                 break

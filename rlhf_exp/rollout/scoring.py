@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms.kl import full_kl
 from rlhf_exp.algorithms.logits import rows_at_once
 from rlhf_exp.algorithms.logprob import LinearLogprobs, linear_logprobs
 from rlhf_exp.algorithms.repetition import Repetition
 from rlhf_exp.algorithms.support import Support
-from rlhf_exp.data.collate import right_pad
+from rlhf_exp.data.collate import grouped, right_pad
 from rlhf_exp.model.base import Base
 from rlhf_exp.model.roles import Roles
 from rlhf_exp.rollout.engine import Rollout
@@ -82,10 +83,27 @@ def _to(support: Support, device: torch.device) -> Support:
     return Support(support.ids.to(device), support.counts.to(device))
 
 
-def by_length(rollout: Rollout, rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows in groups of at most `size`, similar lengths together so that little padding is computed."""
-    ordered = sorted(rows, key=lambda row: (len(rollout.prompts[row]) + len(rollout.responses[row]), row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def by_length(rollout: Rollout, rows: Sequence[int], size: int, tokens: int = 0) -> list[list[int]]:
+    """Rows in groups of at most `size` (and, padded, `tokens` tokens; 0: no limit), similar lengths together so that
+    little padding is computed."""
+    return _groups(rollout, _sorted(rollout, rows), size, tokens)
+
+
+def dealt(rollout: Rollout, rows: Sequence[int], size: int, tokens: int = 0) -> list[list[int]]:
+    """`by_length`, on several ranks each rank's own groups, in turn: `distributed.turns` goes through this rank's."""
+    return distributed.shares(_sorted(rollout, rows), lambda hand: _groups(rollout, hand, size, tokens))
+
+
+def _sorted(rollout: Rollout, rows: Sequence[int]) -> list[int]:
+    return sorted(rows, key=lambda row: (_length(rollout, row), row))
+
+
+def _length(rollout: Rollout, row: int) -> int:
+    return len(rollout.prompts[row]) + len(rollout.responses[row])
+
+
+def _groups(rollout: Rollout, rows: Sequence[int], size: int, tokens: int) -> list[list[int]]:
+    return grouped(rows, [_length(rollout, row) for row in rows], size, tokens)
 
 
 def hidden_before(roles: Roles, role: str | None, batch: Answers) -> Tensor:

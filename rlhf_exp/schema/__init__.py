@@ -7,6 +7,8 @@ made of it.
 """
 
 from rlhf_exp.schema.data import HC3, Dataset, Fields, RandomWalks, Template, Views
+from rlhf_exp.schema.early import EarlyStop
+from rlhf_exp.schema.memory import Memory
 from rlhf_exp.schema.model import Lora, Model, Strategy
 from rlhf_exp.schema.names import (
     ACTIONS,
@@ -18,6 +20,7 @@ from rlhf_exp.schema.names import (
     LEARNED,
     POLICY,
     PREFER,
+    RLOO,
     STAGES,
     TRAINED,
     UNPATCHED,
@@ -27,6 +30,7 @@ from rlhf_exp.schema.names import (
 from rlhf_exp.schema.ppo import PPO, Guards
 from rlhf_exp.schema.prefer import Prefer, rules_of
 from rlhf_exp.schema.report import Report
+from rlhf_exp.schema.rft import RFT
 from rlhf_exp.schema.rules import problems
 from rlhf_exp.schema.runs import (
     RUNS,
@@ -44,6 +48,7 @@ from rlhf_exp.schema.runs import (
     ProbeRun,
     ReportRun,
     RewardRun,
+    RFTRun,
     Run,
     SFTRun,
     Tracking,
@@ -88,6 +93,8 @@ __all__ = [
     "PPO",
     "PREFER",
     "PROBES",
+    "RFT",
+    "RLOO",
     "RUNS",
     "SAME",
     "STAGES",
@@ -99,6 +106,7 @@ __all__ = [
     "Command",
     "DPORun",
     "Dataset",
+    "EarlyStop",
     "EvalRun",
     "Evaluation",
     "Export",
@@ -111,6 +119,7 @@ __all__ = [
     "KTORun",
     "Limits",
     "Lora",
+    "Memory",
     "Model",
     "Optim",
     "PPORun",
@@ -119,6 +128,7 @@ __all__ = [
     "PreferRun",
     "Probe",
     "ProbeRun",
+    "RFTRun",
     "RandomWalks",
     "Report",
     "ReportRun",

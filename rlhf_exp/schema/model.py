@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_exp.fields import leaf
 
@@ -53,6 +54,32 @@ class Model:
     vocab_size: int | None = leaf(
         None, doc="Vocabulary, for the memory estimate without files.", keyed=False, gt=0
     )
+    architecture: str | None = leaf(
+        None,
+        doc="transformers' model_type, for the memory plan without files; null: as Llama.",
+        keyed=False,
+    )
+    inner_size: int | None = leaf(
+        None,
+        doc="Width of the MLP, for the memory plan without files; null: 4 hidden_size.",
+        keyed=False,
+        gt=0,
+    )
+    heads: int | None = leaf(
+        None, doc="Heads of attention, for the memory plan without files.", keyed=False, gt=0
+    )
+    kv_heads: int | None = leaf(
+        None,
+        doc="Heads of keys and values, for the memory plan without files; null: heads.",
+        keyed=False,
+        gt=0,
+    )
+    head_size: int | None = leaf(
+        None,
+        doc="Width of a head, for the memory plan without files; null: hidden_size / heads.",
+        keyed=False,
+        gt=0,
+    )
 
 
 @dataclass
@@ -75,4 +102,18 @@ class Lora:
 
 @dataclass
 class Strategy:
-    name: str = leaf("single", doc="How work is spread over devices.", choices=("single",), keyed=False)
+    name: str = leaf(
+        "single",
+        doc="How work is spread over the ranks that torchrun (or hydra/launcher=slurm) starts: ddp divides the rows, "
+        "zero1 and zero2 shard the optimiser too, zero3 the frozen base (Rajbhandari et al. 2020), zero3_offload "
+        "keeps its shards in the host's memory (Ren et al. 2021).",
+        choices=("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
+        keyed=False,
+    )
+    deepspeed: dict[str, Any] = leaf(
+        {},
+        doc="DeepSpeed's own settings for zero*, under its names: strategy.deepspeed.zero_optimization.reduce_bucket_"
+        "size=1000000. What our keys say already (batches, optimiser, clipping, dtype) may be repeated there, not "
+        "contradicted.",
+        keyed=False,
+    )

@@ -11,6 +11,7 @@ STAGES = (
     "ilql",
     "dpo",
     "kto",
+    "rft",
     "eval",
     "export",
     "report",
@@ -27,6 +28,7 @@ VIEW = {
     "ilql": "demonstrations",  # or what ilql.data says
     "dpo": "comparisons",
     "kto": "comparisons",
+    "rft": "prompts",
     "eval": "prompts",
     "export": "prompts",  # or that of export.role; it is read by what may have to be trained first
     "pipeline": "prompts",
@@ -37,7 +39,8 @@ POLICY = "policy_"  # begins the role of an adapter that prefer.policies gives, 
 COMPARED = "compared_"  # begins the role of what eval.policies gives, its place follows
 LABELLER = "labeller"  # the role of a reward model that labels answers for stage=prefer
 JUDGE = "judge"  # in prefer.labellers: a local model
-TRAINED = ("ppo", "dpo", "kto")  # policies in prefer.policies that are trained first
+TRAINED = ("ppo", "dpo", "kto", "rft")  # policies in prefer.policies that are trained first
+RLOO = "rloo"  # the role of a second ppo stage, with ppo.estimator=rloo, that eval.policies names
 DATA, PREFER = "data", "prefer"  # of dataset.comparisons_from
 UNPATCHED = "unpatched"  # begins the role of a reward model that reward_source.gate=patch has trained again
 ACTIONS = ("warn", "raise_kl", "lower_lr", "rollback", "stop")  # of a guard

@@ -78,8 +78,16 @@ class PPO:
     minibatches: int = leaf(1, doc="Optimiser steps an epoch; divides batch_size.", gt=0)
     micro_batch_size: int = leaf(
         32,
-        doc="Rows a forward of scoring and update; changes memory and speed, not the result.",
-        gt=0,
+        doc="Rows a forward of scoring and update; 0: as many as fit (docs/scale.md). Changes memory and speed, not "
+        "the result.",
+        ge=0,
+        keyed=False,
+    )
+    micro_batch_tokens: int = leaf(
+        0,
+        doc="Tokens a forward of scoring and update, padding included, besides micro_batch_size; 0: no limit. Short "
+        "answers then go together in larger numbers. Changes memory and speed, not the result.",
+        ge=0,
         keyed=False,
     )
     # what an answer is worth
@@ -106,7 +114,7 @@ class PPO:
         "13): 1/n with a budget of max_new_tokens - n.",
         ge=0,
     )
-    length_budget: int = leaf(0, doc="Tokens, EOS included, that are free of length_penalty.", ge=0)
+    length_budget: int = leaf(0, doc="Tokens that are free of length_penalty, a sampled EOS included.", ge=0)
     kl_coef: float = leaf(
         0.05, doc="Weight of the per-token KL penalty in the reward (Ziegler et al. 2019, eq. 2).", ge=0
     )

@@ -24,8 +24,8 @@ class Prefer:
     )
     policies: list[str] = leaf(
         ["sft"],
-        doc="Who answers: sft, base, the folder of a run or adapter, or ppo, dpo, kto, which are then trained on the "
-        "data's own comparisons.",
+        doc="Who answers: sft, base, the folder of a run or adapter, or ppo, dpo, kto, rft, which are then trained "
+        "on the data's own comparisons.",
     )
     samples: int = leaf(4, doc="Answers to each prompt from each policy.", ge=1)
     pairs: str = leaf(

@@ -20,6 +20,7 @@ from rlhf_exp.schema.runs import (
     ProbeRun,
     ReportRun,
     RewardRun,
+    RFTRun,
     Run,
     SFTRun,
     keys,
@@ -47,10 +48,19 @@ def _across(config: Command) -> Iterator[str]:
         )
     if not config.lora.targets:
         yield "lora.targets must name a module, or be [auto]"
-    if isinstance(config, SFTRun | RewardRun | ILQLRun | DPORun | KTORun):
+    if isinstance(config, SFTRun | RewardRun | ILQLRun | DPORun | KTORun | RFTRun):
         batch, micro = config.train.batch_size, config.train.micro_batch_size
-        if batch % min(batch, micro):
+        if batch % min(batch, micro or batch):
             yield f"train.micro_batch_size must divide train.batch_size, got {micro} and {batch}"
+    if (
+        hasattr(config, "optim")
+        and config.optim.moments == "8bit"
+        and config.strategy.name.startswith("zero")
+    ):
+        yield (
+            f"optim.moments=8bit is of strategy=single or ddp: strategy={config.strategy.name} shards the moments in "
+            "float32 instead; leave one of the two out"
+        )
     yield from _across_preferences(config)
     if isinstance(config, PreferRun):
         yield from _across_prefer(config)
@@ -71,7 +81,9 @@ def _across(config: Command) -> Iterator[str]:
         yield from _across_ppo(config)
     if isinstance(config, ILQLRun) and not (config.ilql.betas and min(config.ilql.betas) >= 0):
         yield f"ilql.betas must hold a number, and none below 0, got {config.ilql.betas}"
-    if isinstance(config, PPORun | EvalRun | ILQLRun):
+    if isinstance(config, RFTRun):
+        yield from _across_rft(config)
+    if isinstance(config, PPORun | EvalRun | ILQLRun | RFTRun):
         yield from _across_source(config)
     if hasattr(config, "generation"):
         least, most = config.generation.min_new_tokens, config.generation.max_new_tokens
@@ -126,6 +138,19 @@ def _across_prefer(config: PreferRun) -> Iterator[str]:
         yield f"generation.greedy gives prefer.samples={prefer.samples} equal answers: leave it out"
 
 
+def _across_rft(config: RFTRun) -> Iterator[str]:
+    rft = config.rft
+    if rft.keep > rft.samples:
+        yield f"rft.keep={rft.keep} is more than there are answers to a prompt, rft.samples={rft.samples}"
+    if rft.keep in (0, rft.samples) and rft.threshold is None:
+        yield (
+            f"rft.keep={rft.keep} learns every answer, good or bad: set rft.threshold, the score that is good "
+            "enough, or keep fewer than rft.samples"
+        )
+    if config.generation.greedy:
+        yield f"generation.greedy gives rft.samples={rft.samples} equal answers: leave it out"
+
+
 def _across_preferences(config: Run) -> Iterator[str]:
     if isinstance(config, DPORun) and config.dpo.loss != "sigmoid" and config.dpo.label_smoothing:
         yield (
@@ -148,7 +173,7 @@ def _unknown_probes(key: str, given: list[str], known: tuple[str, ...] = PROBES)
         yield f"{key} names a probe twice: {', '.join(given)}"
 
 
-def _across_gate(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
+def _across_gate(config: PPORun | EvalRun | ILQLRun | RFTRun) -> Iterator[str]:
     source, given = config.reward_source, config.adapters
     if source.gate not in ("fail", "patch"):
         return
@@ -165,7 +190,7 @@ def _across_gate(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
             )
 
 
-def _across_source(config: PPORun | EvalRun | ILQLRun) -> Iterator[str]:
+def _across_source(config: PPORun | EvalRun | ILQLRun | RFTRun) -> Iterator[str]:
     source, given = config.reward_source, config.adapters
     yield from _across_gate(config)
     if source.kind == "sum" and not source.parts:

@@ -8,11 +8,14 @@ from typing import Any
 
 from rlhf_exp.fields import group, leaf, walk
 from rlhf_exp.schema.data import Dataset
+from rlhf_exp.schema.early import EarlyStop
+from rlhf_exp.schema.memory import Memory
 from rlhf_exp.schema.model import Lora, Model, Strategy
 from rlhf_exp.schema.names import PREFER, STAGES, VIEW
 from rlhf_exp.schema.ppo import PPO
 from rlhf_exp.schema.prefer import Prefer
 from rlhf_exp.schema.report import Report
+from rlhf_exp.schema.rft import RFT
 from rlhf_exp.schema.sampling import Generation
 from rlhf_exp.schema.scoring import Evaluation, Judge, Probe, RewardSource
 from rlhf_exp.schema.training import DPO, ILQL, KTO, Optim, Reward, Train
@@ -24,9 +27,9 @@ class Export:
 
     role: str = leaf(
         "ppo",
-        doc="Whose weights: the policy of sft, ppo, dpo or kto (AutoModelForCausalLM), or the reward model "
+        doc="Whose weights: the policy of sft, ppo, dpo, kto or rft (AutoModelForCausalLM), or the reward model "
         "(AutoModelForSequenceClassification).",
-        choices=("sft", "ppo", "reward", "dpo", "kto"),
+        choices=("sft", "ppo", "reward", "dpo", "kto", "rft"),
     )
     form: str = leaf(
         "merged",
@@ -71,6 +74,10 @@ class Adapters:
     )
     dpo: str | None = leaf(None, doc="Instead of training dpo.", keyed=False)
     kto: str | None = leaf(None, doc="Instead of training kto.", keyed=False)
+    rft: str | None = leaf(None, doc="Instead of training rft.", keyed=False)
+    ilql: str | None = leaf(
+        None, doc="Instead of training ilql (for eval): a run folder, which has the heads too.", keyed=False
+    )
 
 
 @dataclass
@@ -91,6 +98,11 @@ class Upstream:
     ppo: dict[str, Any] = leaf({}, doc="For the ppo stage.", keyed=False)
     dpo: dict[str, Any] = leaf({}, doc="For the dpo stage.", keyed=False)
     kto: dict[str, Any] = leaf({}, doc="For the kto stage.", keyed=False)
+    rft: dict[str, Any] = leaf({}, doc="For the rft stage.", keyed=False)
+    ilql: dict[str, Any] = leaf({}, doc="For the ilql stage.", keyed=False)
+    rloo: dict[str, Any] = leaf(
+        {}, doc="For a ppo stage with ppo.estimator=rloo, on top of upstream.ppo (for eval).", keyed=False
+    )
 
 
 @dataclass
@@ -129,9 +141,11 @@ class Run(Command):
     lora: Lora = group(Lora, doc="The adapters' shape.")
     dataset: Dataset = group(Dataset, doc="The data.")
     strategy: Strategy = group(Strategy, doc="How work is spread over devices.", keyed=False)
+    memory: Memory = group(Memory, doc="What saves memory, and the memory plan.", keyed=False)
     tracking: Tracking = group(Tracking, doc="Where metrics go.", keyed=False)
     adapters: Adapters = group(Adapters, doc="Ready adapters instead of upstream stages.", keyed=False)
     upstream: Upstream = group(Upstream, doc="Overrides for upstream stages.", keyed=False)
+    early_stop: EarlyStop = group(EarlyStop, doc="When a trial of a sweep ends itself.", keyed=False)
 
 
 @dataclass
@@ -205,6 +219,15 @@ class KTORun(Run):
 
 
 @dataclass
+class RFTRun(Run):
+    train: Train = group(Train, doc="Length and batches, of each round.")
+    optim: Optim = group(Optim, doc="Optimiser, begun anew in each round.")
+    rft: RFT = group(RFT, doc="How many answers are sampled, and which are learned.")
+    generation: Generation = group(Generation, doc="The sampler.")
+    reward_source: RewardSource = group(RewardSource, doc="What scores the sampled answers.")
+
+
+@dataclass
 class EvalRun(Run):
     eval: Evaluation = group(Evaluation, doc="What is measured.")
     generation: Generation = group(Generation, doc="The sampler.")
@@ -249,6 +272,7 @@ RUNS: dict[str, type[Command]] = {
     "ilql": ILQLRun,
     "dpo": DPORun,
     "kto": KTORun,
+    "rft": RFTRun,
     "eval": EvalRun,
     "export": ExportRun,
     "report": ReportRun,

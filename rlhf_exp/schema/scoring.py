@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_exp.fields import group, leaf
-from rlhf_exp.schema.names import COMPARED, GOLD, LABELLER, LEARNED, POLICY, UNPATCHED
+from rlhf_exp.schema.names import COMPARED, GOLD, LABELLER, LEARNED, POLICY, RLOO, UNPATCHED
 
 
 @dataclass
@@ -135,8 +135,9 @@ class Judge:
 class Evaluation:
     policies: list[str] = leaf(
         [],
-        doc="Who answers: sft, base, ppo, dpo, kto (trained if missing), the folder of a run or adapter, "
-        "runs:/ID/adapter; WHO@STEP is one checkpoint, 'NAME=WHO' gives a name. []: sft and what ppo kept "
+        doc="Who answers: sft, base, ppo, rloo, dpo, kto, rft (trained if missing), the folder of a run or adapter, "
+        "runs:/ID/adapter; WHO@STEP is one checkpoint, WHO:best_of_16 the best of 16 answers by the reward, "
+        "ilql:beta_4 (or FOLDER:beta_4) ILQL's decoding, 'NAME=WHO' gives a name. []: sft and what ppo kept "
         "(docs/evaluation.md).",
         keyed=False,  # what they lead to, and their names, are in the key
     )
@@ -199,7 +200,7 @@ def stage_of(role: str) -> str:
     role = role.partition(".")[0]
     if role.startswith(POLICY):
         return "sft"
-    if role.startswith(COMPARED):
+    if role.startswith(COMPARED) or role == RLOO:
         return "ppo"
     of_reward = role in (GOLD, LABELLER) or role.startswith(UNPATCHED) or member_of(role) is not None
     return "reward" if of_reward else role

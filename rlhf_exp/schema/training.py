@@ -22,6 +22,12 @@ class Optim:
     )
     weight_decay: float = leaf(0.0, doc="Decoupled weight decay.", ge=0)
     max_grad_norm: float = leaf(1.0, doc="Gradient norm clip.", gt=0)
+    moments: str = leaf(
+        "float32",
+        doc="Adam's two moments; 8bit: 2 bytes a trained number in place of 8 (Dettmers et al. 2022, bitsandbytes, "
+        "CUDA).",
+        choices=("float32", "8bit"),
+    )
 
 
 @dataclass
@@ -33,8 +39,9 @@ class Train:
     batch_size: int = leaf(16, doc="Rows (pairs for reward, dpo and kto) an optimiser step.", gt=0)
     micro_batch_size: int = leaf(
         16,
-        doc="Rows (pairs) a forward; divides batch_size. Changes memory, not the result.",
-        gt=0,
+        doc="Rows (pairs) a forward; divides batch_size; 0: as many as fit (docs/scale.md). Changes memory, not the "
+        "result.",
+        ge=0,
         keyed=False,
     )
 

@@ -21,6 +21,7 @@ STAGES = {
     "ilql": Stage("rlhf_exp.stages.ilql", 1),
     "dpo": Stage("rlhf_exp.stages.direct", 1),
     "kto": Stage("rlhf_exp.stages.direct", 1),
+    "rft": Stage("rlhf_exp.stages.rft", 1),
     "eval": Stage("rlhf_exp.stages.evaluate", 2),
     "export": Stage("rlhf_exp.stages.export", 1),
     "report": Stage("rlhf_exp.stages.report", 1),

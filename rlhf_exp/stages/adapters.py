@@ -10,7 +10,7 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.model import shapes, torchfile
 from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Tracking
-from rlhf_exp.stages.context import ADAPTER, HEAD, MODEL, adapter_folder, head_file
+from rlhf_exp.stages.context import ADAPTER, HEAD, ILQL, MODEL, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
 from rlhf_exp.store.manifest import MANIFEST
 from rlhf_exp.store.runs import RunFolder
@@ -32,7 +32,8 @@ def locate(stage: str, given: str, tracking: Tracking, output_dir: str, setting:
 
         run = given.removeprefix("runs:/").strip("/").removesuffix(f"/{ADAPTER}")
         into = cache_dir() / "mlflow" / run.replace("/", "_")
-        for part in (ADAPTER, HEAD) if stage == "reward" else (ADAPTER,):
+        more = {"reward": (HEAD,), ILQL: (ILQL,)}.get(stage, ())
+        for part in (ADAPTER, *more):
             download(f"runs:/{run}/{part}", tracking, Path(output_dir), into)
         return into
     folder = Path(given).expanduser()
@@ -100,6 +101,11 @@ def _check_shapes(key: str, stored: shapes.Shapes, base: shapes.Shapes, config: 
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in needed:
             raise InputError(f"{key}: it holds {name}: only adapters of plain LoRA and of DoRA are supported")
+        if module.rpartition(".")[2] in shapes.OUTPUT:
+            raise InputError(
+                f"{key}: it has an adapter on the output layer, {module}, which is frozen and shared by all roles "
+                "here (it would have no effect): train one without it"
+            )
         weight = base.get(f"{module}.weight")
         if weight is None:
             raise InputError(f"{key}: it belongs to another base model: this one has no {module}")

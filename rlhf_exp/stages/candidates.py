@@ -16,6 +16,7 @@ from rlhf_exp.stages.policies import (
     PLAIN,
     STAGED,
     STEP,
+    STEPPED,
     Entry,
     entries,
     names,
@@ -24,6 +25,7 @@ from rlhf_exp.stages.policies import (
     run_of,
     step_of,
 )
+from rlhf_exp.stages.steering import heads_file
 from rlhf_exp.tracking import read_metrics
 
 SFT, KEPT, LAST = "sft", "kept", "last"  # kinds; those of which there is one are groups of metrics too
@@ -40,6 +42,11 @@ class Candidate:
     adapter: Path | None
     kind: str = KEPT
     run: str = ""  # which of several runs it is a checkpoint of
+    role: str = ""  # of the run in the plan, where eval.policies names it
+    best_of: int = 1  # answers sampled, of which the one with the highest reward counts
+    beta: float | None = None  # of ilql's decoding by beta (Q - V)
+    heads: Path | None = None  # the run that Q and V are from
+    of_sft: bool = False  # whether the answers that best_of chooses from are the SFT policy's
 
     @property
     def on_path(self) -> bool:
@@ -64,27 +71,57 @@ def listed(evaluation: Evaluation, parents: Mapping[str, Path], sft_base: bool) 
 
 
 def _named(evaluation: Evaluation, parents: Mapping[str, Path], sft_base: bool) -> Iterator[Candidate]:
-    called, sft = names(evaluation, parents), _adapter("sft", parents)
+    called = names(evaluation, parents)
     for entry in entries(evaluation):
-        name = called[entry.place]
-        if entry.who == PLAIN or (entry.who == SFT and sft is None):
-            if entry.who == PLAIN and sft_base:
-                raise InputError(
-                    f"{entry.key}={entry.text}: sft has trained all weights, so that the plain base is not here: "
-                    "leave it out"
-                )
-            name = SFT if sft_base and entry.name is None else name
-            yield Candidate(name, 0, None, SFT if sft is None else OTHER)
-        elif entry.who == SFT:
-            yield Candidate(name, 0, sft, SFT)
-        else:
-            yield from _of_entry(evaluation, entry, parents[entry.role], name)
+        for found in _plainly(evaluation, entry, called[entry.place], parents, sft_base):
+            found.role = entry.role or ""
+            yield _decoded(found, entry, parents) if entry.how else found
+
+
+def _decoded(plain: Candidate, entry: Entry, parents: Mapping[str, Path]) -> Candidate:
+    """A policy that is decoded in another way than by plain samples: it never was what trained."""
+    heads = None if entry.beta is None else parents[entry.role]
+    if heads is not None and not heads_file(heads).is_file():
+        raise InputError(f"{entry.key}={entry.text}: {heads} holds no Q and V: it is no run of ilql")
+    own = entry.name is not None
+    found = replace(
+        plain,
+        name=plain.name if own else plain.name + entry.how,
+        kind=OTHER,
+        beta=entry.beta,
+        heads=heads,
+        run=plain.run or plain.name,
+    )
+    if entry.best_of is None:
+        return found
+    # what differs in n alone is one line of a report
+    group = plain.name if own else found.name.removesuffix(f"_{entry.best_of}")
+    return replace(found, best_of=entry.best_of, of_sft=plain.kind == SFT, run=group)
+
+
+def _plainly(
+    evaluation: Evaluation, entry: Entry, name: str, parents: Mapping[str, Path], sft_base: bool
+) -> Iterator[Candidate]:
+    """The policies that an entry names, without regard to how they are decoded."""
+    sft = _adapter("sft", parents)
+    if entry.who == PLAIN or (entry.who == SFT and sft is None):
+        if entry.who == PLAIN and sft_base:
+            raise InputError(
+                f"{entry.key}={entry.text}: sft has trained all weights, so that the plain base is not here: "
+                "leave it out"
+            )
+        name = SFT if sft_base and entry.name is None else name
+        yield Candidate(name, 0, None, SFT if sft is None else OTHER)
+    elif entry.who == SFT:
+        yield Candidate(name, 0, sft, SFT)
+    else:
+        yield from _of_entry(evaluation, entry, parents[entry.role], name)
 
 
 def _of_entry(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> Iterator[Candidate]:
     """A run of PPO has checkpoints, of which `WHO@STEP` wants one; what else has an adapter is one policy."""
     kept = {step_of(path): path for path in sorted((folder / CHECKPOINTS).glob(f"{STEP}*"))}
-    ppo = entry.who == "ppo" or bool(kept) or record_of(folder).get("stage") == "ppo"
+    ppo = entry.who in STEPPED or bool(kept) or record_of(folder).get("stage") == "ppo"
     whole, step = run_of(folder)
     run = "" if entry.who in STAGED else run_name(whole)
     if entry.step is not None:
@@ -98,7 +135,7 @@ def _of_entry(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> 
         yield Candidate(said, entry.step, kept[entry.step], KEPT, run)
     elif step is not None:
         yield Candidate(name, step, folder, KEPT, run)
-    elif ppo and entry.name is None:
+    elif ppo and entry.name is None and not entry.how:
         yield from (replace(c, run=run) for c in of_run(evaluation, folder, name))
     elif ppo:  # one name, one policy
         yield Candidate(name, last_step(folder), adapter_folder(folder), KEPT, run)
@@ -109,10 +146,11 @@ def _of_entry(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> 
 def _require_different(found: list[Candidate]) -> None:
     """Neither a name nor a policy twice."""
     by_name: dict[str, Candidate] = {}
-    by_adapter: dict[Path | None, Candidate] = {}
+    by_adapter: dict[object, Candidate] = {}
     for candidate in found:
         place = candidate.adapter and candidate.adapter.resolve()
-        if (other := by_adapter.setdefault(place, candidate)) is not candidate:
+        policy = (place, candidate.beta or 0, candidate.best_of)
+        if (other := by_adapter.setdefault(policy, candidate)) is not candidate:
             raise InputError(
                 f"eval.policies names a policy twice, as {other.name} and as {candidate.name}"
                 + (f" ({place})" if place else "")

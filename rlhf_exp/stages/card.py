@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 class Facts(NamedTuple):
     """What export.json holds."""
 
-    role: str  # sft, ppo, dpo, kto, reward
+    role: str  # sft, ppo, dpo, kto, rft, reward
     form: str  # merged, adapter
     name: str  # of the model
     base: str  # hub id or folder
@@ -41,6 +41,7 @@ WHAT = {
     "ppo": "A policy, trained by reinforcement learning from a reward (PPO).",
     "dpo": "A policy, trained on comparisons (direct preference optimisation).",
     "kto": "A policy, trained on wanted and unwanted answers (Kahneman-Tversky optimisation).",
+    "rft": "A policy, trained on its own best answers (rejection-sampling fine-tuning).",
     "reward": "A reward model: a prompt with an answer to it gets a score.",
 }
 

@@ -26,15 +26,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_exp.errors import Interrupted
+from rlhf_exp import distributed
+from rlhf_exp.errors import Interrupted, Pruned
 from rlhf_exp.stages import signals
 from rlhf_exp.store import states
+from rlhf_exp.strategies import moments
+from rlhf_exp.sweeps import pruning
 from rlhf_exp.tracking import RunLog
 
 if TYPE_CHECKING:
     from rlhf_exp.stages.context import Context
 
 FORMAT = 1
+SHARD = "shard"  # in a tree: what this rank alone has
 TENSORS, NUMBERS = "tensors.safetensors", "state.json"
 SHARE = 0.02  # of the time that writing may take where checkpoint_every is 0
 
@@ -52,6 +56,17 @@ class Checkpoint:
 
 def newest(context: Context) -> Checkpoint:
     """The latest sound checkpoint; says which ones are not, and where the run goes on."""
+    if distributed.world_size() == 1:
+        return _newest(context)
+    found: list[Checkpoint] = []
+    step = distributed.from_main(lambda: found.append(_newest(context)) or found[0].step)
+    if found:
+        return found[0]
+    tree = read(states.place(context.folder.path, step))[0] if step else None
+    return Checkpoint(step, tree, None)  # rank 0 has the log
+
+
+def _newest(context: Context) -> Checkpoint:
     run = context.folder
     name = f"{run.stage} {run.short}"
     latest = max(states.steps(run.path), default=0)
@@ -98,16 +113,25 @@ class Keeper:
         self._inside.close()
 
     def after(self, step: int, last: bool = False) -> None:
-        """Save if it is time; raises Interrupted, after saving, where a signal has come. last: no step follows."""
-        name = signals.asked()
-        if name or last or self._due(step):
+        """Save if it is time; last: no step follows.
+
+        Raises Interrupted, after saving, where a signal has come, and Pruned where a sweep's trial is to end here.
+        """
+        why = pruning.after(step, self.log.latest) if distributed.is_main() else None
+        name, due, why = _agreed(signals.asked(), self._due(step), why)
+        last = last or step == self.steps
+        if name or last or due or why:
             began = time.monotonic()
-            save(self.context, step, self.snapshot(), self.log.position())
+            tree = self.snapshot()  # on every rank: the optimiser's state may be spread over them
+            save(self.context, step, tree, self.log.position())
             self.log.commit()
+            distributed.barrier()
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - began
         if name:
             raise Interrupted(f"stopped by {name} at step {step}; the same command continues")
+        if why and not last:
+            raise Pruned(f"step {step}: {why}")
 
     def _due(self, step: int) -> bool:
         if step == self.steps:
@@ -115,6 +139,12 @@ class Keeper:
         if every := self.context.checkpoint_every:
             return step % every == 0
         return (time.monotonic() - self._saved_at) * SHARE >= self._cost
+
+
+def _agreed(name: str | None, due: bool, why: str | None) -> tuple[str | None, bool, str | None]:
+    """Whether any rank was asked to stop, by which signal; whether rank 0 finds it time to save, or to end early."""
+    said = distributed.gather((name, due, why))
+    return next((asked for asked, *_ in said if asked), None), *said[0][1:]
 
 
 # ---------------------------------------------------------------- what is saved
@@ -126,11 +156,13 @@ def state_of(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> dict[str, Tree]:
     """What every training has."""
-    return {
+    found = {
         "parameters": {name: list(group) for name, group in parameters.items()},
-        "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
     }
+    if hasattr(optimizer, "shard"):  # each rank has a part of the moments
+        return found | {"optimizer": optimizer.described(), SHARD: optimizer.shard()}
+    return found | {"optimizer": optimizer.state_dict()}
 
 
 @torch.no_grad()
@@ -173,9 +205,20 @@ def set_random_state(state: dict[str, Tree]) -> None:
 
 
 def save(context: Context, step: int, tree: dict[str, Tree], log: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`."""
+    """Write the checkpoint of `step`: rank 0, and beside it each rank its part where the moments are in shards."""
+    shard, there = tree.pop(SHARD, None), Path()
+    if not distributed.is_main():
+        if shard is not None:
+            there = distributed.from_main(lambda: there)
+            moments.write(there, distributed.rank(), distributed.world_size(), shard)
+            distributed.barrier()
+        return
     with states.new(context.folder.path, step) as folder:
         write(folder, tree | {"random": random_state()}, {"format": FORMAT, "step": step, "log": log})
+        if shard is not None:
+            distributed.from_main(lambda: folder.absolute())
+            moments.write(folder, 0, distributed.world_size(), shard)
+            distributed.barrier()
 
 
 def write(folder: Path, tree: Tree, header: dict[str, Any]) -> None:
@@ -192,7 +235,10 @@ def read(folder: Path) -> tuple[Tree, dict[str, Any]]:
     from safetensors.torch import load_file
 
     header = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-    return _from_json(header.pop("tree"), load_file(folder / TENSORS)), header
+    tree = _from_json(header.pop("tree"), load_file(folder / TENSORS))
+    if shards := moments.read(folder):
+        tree["optimizer"] = moments.join(tree["optimizer"], shards)
+    return tree, header
 
 
 def _to_json(tree: Tree, tensors: dict[str, Tensor]) -> Any:

@@ -55,9 +55,9 @@ def _policies(node: Node, config: EvalRun, plan: Plan) -> Iterator[str]:
         candidates.reference_of(config.eval, candidates.listed(config.eval, parents, sft_base))
         return
     called = policies.names(config.eval, parents)
-    ppo = node.parents["ppo"].config if "ppo" in node.parents else None
     for entry in policies.entries(config.eval):
-        if entry.who == "ppo" and entry.step is not None and ppo is not None:
+        ppo = node.parents[entry.who].config if entry.who in policies.STEPPED else None
+        if entry.step is not None and ppo is not None:
             steps, every = ppo.ppo.steps, ppo.ppo.save_every
             if not 0 < entry.step <= steps or (entry.step % every and entry.step != steps):
                 yield (
@@ -67,7 +67,7 @@ def _policies(node: Node, config: EvalRun, plan: Plan) -> Iterator[str]:
     against = config.eval.against
     known = list(called.values()) or ["sft", "base", "ppo"]
     if against is not None and not any(
-        against == k or against.startswith((f"{k}@", f"{k} (")) for k in known
+        against == k or against.startswith((f"{k}@", f"{k} (", f"{k}:")) for k in known
     ):
         yield (
             f"eval.against={against}: no policy of this evaluation will be called that; there will be "

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from rlhf_exp import distributed
 from rlhf_exp.data.load import load_view, statistics
 from rlhf_exp.data.records import Record
 from rlhf_exp.data.tokenised import Tokenised, tokenised
 from rlhf_exp.progress import Progress
 from rlhf_exp.schema import Dataset
 from rlhf_exp.store.runs import RunFolder
-from rlhf_exp.tracking import RunLog, Tracker
+from rlhf_exp.tracking import NullTracker, RunLog, Tracker
 
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
@@ -27,6 +29,7 @@ EMA = "ema"  # the averaged policy: its role, and the folder of its adapter
 ILQL, HEADS_FILE = "ilql", "heads.safetensors"  # Q and V of ilql
 EVALUATION, MARGINS = "evaluation", "margins.png"  # of reward: how good its preferences are
 EXPORT = "export"  # the files that stage=export writes
+SELECTED = "selected.jsonl"  # of rft: the answers that were learned
 PREFERENCES = "prefer.json"  # of prefer: what was kept and left out, beside comparisons.jsonl
 MODEL = "model"  # of sft with lora.full: all weights, the base of the later stages
 
@@ -51,6 +54,10 @@ class Context:
     ) -> Iterator[RunLog]:
         """metrics.jsonl, samples.jsonl, the tracker and a progress bar for `steps` steps, from a checkpoint on."""
         position = found.log if found else None
+        if not distributed.is_main():  # rank 0 keeps the log
+            with TemporaryDirectory() as nowhere, RunLog(nowhere, NullTracker(), hold=True) as log:
+                yield log
+            return
         with (
             Progress(stage, steps, show) as progress,
             RunLog(self.folder.path, self.tracker, progress, hold=True, position=position) as log,

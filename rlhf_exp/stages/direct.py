@@ -11,14 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.data.load import statistics
 from rlhf_exp.data.pairs import Pair, pairs_of
 from rlhf_exp.errors import InputError
 from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.scoring import answer_logprobs, answers, by_length, hidden_before
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, dealt, hidden_before
 from rlhf_exp.schema import DPORun, Generation, KTORun
-from rlhf_exp.stages import checkpoint, reward_eval, sft, supervised
+from rlhf_exp.stages import checkpoint, microbatch, reward_eval, sft, supervised
 from rlhf_exp.stages.context import ADAPTER, Context
 from rlhf_exp.stages.optim import adamw, schedule
 from rlhf_exp.stages.written import rows_of, written
@@ -53,10 +54,11 @@ def run(config: DPORun | KTORun, context: Context) -> dict[str, float]:
         raise InputError(
             f"dataset {config.dataset.name} has {len(pairs)} comparisons to train on: two at least"
         )
+    config = microbatch.settle(config, context, *microbatch.parts_of(pairs))
     steps = supervised.steps_of(config.train, len(pairs))
     found = checkpoint.newest(context)
     with (
-        Roles(base) as roles,
+        Roles(base, config.memory.gradient_checkpointing) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
         context.log(config.stage, steps, SHOW, found) as log,
@@ -68,7 +70,7 @@ def run(config: DPORun | KTORun, context: Context) -> dict[str, float]:
         }
         reference = put_roles(config, context, roles)
         weights = roles.parameters("policy")
-        optimizer = adamw(weights, config.optim)
+        optimizer = adamw(weights, config.optim, config.strategy)
         scheduler = schedule(optimizer, config.optim, steps)
         options = {"optimizers": (optimizer, scheduler), "callbacks": [supervised.LogTo(log, NAMES)]}
         with roles.use("policy"):
@@ -123,7 +125,8 @@ def implicit_rewards(
 def logprobs(roles: Roles, role: str | None, given: Rollout, size: int) -> Tensor:
     """log p [rows] of whole answers, EOS included where they have one; float64 on the CPU."""
     found = torch.zeros(len(given.prompts), dtype=torch.float64)
-    for rows in by_length(given, range(len(given.prompts)), size):
+    groups = dealt(given, range(len(given.prompts)), size)
+    for rows, counts in distributed.turns(groups, roles.base.in_shards):
         batch = answers(rows_of(given, rows), range(len(rows)), roles.base)
         each = answer_logprobs(
             roles.base, hidden_before(roles, role, batch), batch, PLAIN, entropy=False
@@ -131,5 +134,7 @@ def logprobs(roles: Roles, role: str | None, given: Rollout, size: int) -> Tenso
         sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(
             0, batch.before[0].cpu(), each.double().cpu()
         )
-        found[rows] = sums
+        if counts:
+            found[rows] = sums
+    distributed.sum_tensors([found])  # each row is one rank's, and 0 with the others
     return found

@@ -10,7 +10,7 @@ plain model, it loads the base again. Here a view of the base in another role ta
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,10 +20,11 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
+from rlhf_exp import distributed
 from rlhf_exp.data.pairs import Pair
 from rlhf_exp.model.roles import Roles
 from rlhf_exp.schema import DPORun, KTORun
-from rlhf_exp.stages import supervised
+from rlhf_exp.stages import divided, supervised
 
 
 class Reference(nn.Module):
@@ -57,6 +58,7 @@ class ByStep:
     pairs: Sequence[Pair]
     size: int
     pad_id: int
+    in_shards: bool = False  # of the base
 
     @staticmethod
     def collate(rows: list[dict[str, int]]) -> dict[str, Tensor]:
@@ -67,21 +69,32 @@ class ByStep:
         return dataset
 
     def batches(self, rows: list[int]) -> list[tuple[int, dict[str, Tensor]]]:
-        """The step's pairs in parts: how many pairs, and TRL's batch of them."""
+        """The step's pairs in parts: how many pairs, and TRL's batch of them; on several ranks this rank's.
+
+        A part of 0 pairs is computed for the sake of the other ranks, and does not count (distributed.turns).
+        """
         raise NotImplementedError
 
-    def prepare(self, batches: list[dict[str, Tensor]]) -> None:
-        """What the whole step has to know before its parts are computed."""
+    def prepare(self, batches: list[dict[str, Tensor]], counts: list[int]) -> None:
+        """What the whole step has to know before its parts are computed; counts: pairs of each batch."""
 
     def parts(self, rows: Sequence[int]) -> list[list[int]]:
-        """Places in `rows` in groups of at most `size`, similar lengths together: less padding."""
+        """Places in `rows` in groups of at most `size`, similar lengths together: less padding; of all ranks."""
         order = sorted(range(len(rows)), key=lambda i: (self.pairs[rows[i]].tokens, i))
-        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+        return distributed.shares(
+            order, lambda hand: [hand[start : start + self.size] for start in range(0, len(hand), self.size)]
+        )
+
+    def own_parts(self, rows: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+        """This rank's parts, and how many pairs of each count."""
+        for part, counts in distributed.turns(self.parts(rows), self.in_shards):
+            yield part, len(part) if counts else 0
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
-            # TRL asks the model by a name that transformers has replaced
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            # TRL asks the model, and switches recomputation, by names that transformers has replaced
+            for name in ("is_gradient_checkpointing", "gradient_checkpointing_(en|dis)able"):
+                warnings.filterwarnings("ignore", message=f"`{name}`", category=FutureWarning)
             return super().compute_loss(*arguments, **options)
 
     def training_step(
@@ -91,20 +104,18 @@ class ByStep:
         model.training = True
         rows = inputs["rows"].tolist()
         device = self.accelerator.device
-        counts, batches = zip(*self.batches(rows), strict=True)
-        batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+        found = self.batches(rows)
+        counts = [count for count, _ in found]
+        batches = [{name: x.to(device) for name, x in batch.items()} for _, batch in found]
         shares = [count / len(rows) for count in counts]
-        total = torch.zeros((), device=device)
-        self.prepare(batches)
+        total, tokens = torch.zeros((), device=device), getattr(self, "_total_train_tokens", 0)
+        self.prepare(batches, counts)
         for share, batch in zip(shares, batches, strict=True):
             loss = self.compute_loss(model, batch) * share
             self.accelerator.backward(loss)
             total += loss.detach()
-        for name, values in self._metrics["train"].items():  # of this step alone: each step is logged
-            if len(values) == len(shares):
-                mean = sum(share * value for share, value in zip(shares, values, strict=True))
-                self._metrics["train"][name] = [mean]
-        return total
+        divided.join_metrics(self, shares, tokens)
+        return divided.finish(self, total)
 
 
 class DPOSteps(ByStep, DPOTrainer):
@@ -112,13 +123,13 @@ class DPOSteps(ByStep, DPOTrainer):
 
     def batches(self, rows: list[int]) -> list[tuple[int, dict[str, Tensor]]]:
         collate, found = DataCollatorForPreference(self.pad_id), []
-        for part in self.parts(rows):
+        for part, count in self.own_parts(rows):
             pairs = [self.pairs[rows[i]] for i in part]
             examples = [
                 {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
                 for pair in pairs
             ]
-            found.append((len(part), collate(examples)))
+            found.append((count, collate(examples)))
         return found
 
 
@@ -146,18 +157,27 @@ class KTOSteps(ByStep, KTOTrainer):
             )
         ]
         collate, found = DataCollatorForUnpairedPreference(self.pad_id), []
-        for part in self.parts(rows):
+        for part, count in self.own_parts(rows):
             both = [*part, *(len(pairs) + i for i in part)]
-            found.append((len(part), collate([examples[i] for i in both])))
+            found.append((count, collate([examples[i] for i in both])))
         return found
 
-    def prepare(self, batches: list[dict[str, Tensor]]) -> None:
+    def prepare(self, batches: list[dict[str, Tensor]], counts: list[int]) -> None:
         self._kl = {
-            model is self.ref_model: torch.cat(
-                [KTOTrainer._compute_kl_logps(self, model, batch) for batch in batches]
+            model is self.ref_model: self._whole(
+                [KTOTrainer._compute_kl_logps(self, model, batch) for batch in batches], counts
             )
             for model in (self.model, self.ref_model)
         }
+
+    def _whole(self, parts: list[Tensor], counts: list[int]) -> Tensor:
+        """Those of all parts, of all ranks."""
+        if distributed.world_size() == 1:
+            return torch.cat(parts)
+        own = [part.cpu() for part, count in zip(parts, counts, strict=True) if count]
+        return torch.cat([part for each in distributed.gather(own) for part in each]).to(
+            self.accelerator.device
+        )
 
     def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Those of the whole step, whichever part of it `batch` is."""
@@ -209,6 +229,9 @@ def build(
         parameter.data = value
     # TRL's KTO wants a fixed order, which its datasets' KL answers are made for: ours are made for each step
     trainer.args.train_sampling_strategy = "random"
+    # TRL switches checkpointing off for the reference and on again, with these settings
+    trainer.args.gradient_checkpointing_kwargs = roles.recomputation
     trainer.pairs, trainer.size, trainer.pad_id = pairs, config.train.micro_batch_size, base.pad_id
+    trainer.in_shards = base.in_shards
     supervised.without_printing(trainer)
     return trainer

@@ -14,23 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.evaluation import interval, rouge, text
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.rewards import functions, relevance
 from rlhf_exp.rewards.source import by_gold, score
-from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
+from rlhf_exp.rollout.engine import Adjust, Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
-from rlhf_exp.rollout.scoring import answers, by_length, chosen, hidden_before, untruncated_kl
 from rlhf_exp.schema import GOLD, LEARNED, EvalRun, Generation, proxies
+from rlhf_exp.stages import steering
 from rlhf_exp.stages.actors import Heads, load_reward_models
 from rlhf_exp.stages.candidates import SFT, Candidate, candidates, reference_of
 from rlhf_exp.stages.compared import Comparer, own_scores, said
 from rlhf_exp.stages.context import Context
 from rlhf_exp.stages.data_answers import answers_to, prompts_of
+from rlhf_exp.stages.divergence import best_of_n_to_sft, kl_to_sft
+from rlhf_exp.stages.drawing import Drawn, Rounds, best
 from rlhf_exp.stages.evaluate_report import figures, publish, sample_rows
 from rlhf_exp.stages.written import written
 
@@ -63,13 +63,14 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
     everyone = candidates(config, context)
     reference = reference_of(config.eval, everyone)
     measured: dict[int, Measured] = {}
+    rounds = Rounds()
     with Roles(context.base) as roles, context.log("eval", len(everyone), SHOW) as log:
         heads = load_scorer(config, context, roles)
         data = measure_data(config, roles, heads, prompts, encoded)
         comparer = Comparer(config, roles)
         # first the one that the others are compared with
         for number, place in enumerate(sorted(range(len(everyone)), key=lambda i: (i != reference, i)), 1):
-            now = measure(config, context, roles, heads, everyone[place], prompts, encoded)
+            now = measure(config, context, roles, heads, everyone[place], prompts, encoded, rounds)
             if measured:
                 asked = repeat(prompts, config.eval.samples_per_prompt)
                 now.metrics |= comparer.metrics(now, measured[reference], asked)
@@ -96,7 +97,7 @@ def content(config: EvalRun, found: list[Measured], prompts: list[Prompt]) -> di
                 "metrics": m.metrics,
                 "gain": interval.gains(start.means, m.means, seed=config.seed),
             }
-            | ({"run": m.candidate.run} if m.candidate.run else {})
+            | how(m.candidate)
             for m in found
         ],
         "samples": [
@@ -104,6 +105,14 @@ def content(config: EvalRun, found: list[Measured], prompts: list[Prompt]) -> di
             for i in range(min(config.eval.samples, len(prompts)))
         ],
     }
+
+
+def how(candidate: Candidate) -> dict[str, Any]:
+    """What eval.json says of a policy besides its name and figures, as far as there is something to say."""
+    found: dict[str, Any] = {"run": candidate.run, "role": candidate.role, "beta": candidate.beta}
+    if candidate.best_of > 1:
+        found |= {"best_of": candidate.best_of, "bounds": ["kl"]}
+    return {name: value for name, value in found.items() if value not in (None, "")}
 
 
 def load_scorer(config: EvalRun, context: Context, roles: Roles) -> Heads:
@@ -120,27 +129,42 @@ def measure(
     candidate: Candidate,
     prompts: list[Prompt],
     encoded: list[list[int]],
+    rounds: Rounds | None = None,
 ) -> Measured:
-    """Answers of one policy to all prompts (the same noise for every policy), and its figures."""
-    role = BASE
+    """Answers of one policy to all prompts (the same noise for every policy), and its figures.
+
+    rounds: answers that other policies of this evaluation have drawn already, where it is the best of n.
+    """
+    role, adjust = BASE, None
     if candidate.adapter is not None:
         role = "candidate"
         roles.load(role, candidate.adapter)
+    if candidate.heads is not None:
+        adjust = steering.of_run(candidate.heads, candidate.beta, context.base)
     count = config.eval.samples_per_prompt
-    keys = [row_key(config.seed, 0, prompt.id, sample) for prompt in prompts for sample in range(count)]
-    rollout = write(context, roles, role, repeat(encoded, count), keys, config.generation)
-    texts, scores = scored(config, roles, heads, repeat(prompts, count), rollout)
+
+    def draw(j: int) -> Drawn:
+        keys = [row_key(config.seed, 0, p.id, s + count * j) for p in prompts for s in range(count)]
+        found = write(context, roles, role, repeat(encoded, count), keys, config.generation, adjust)
+        rewards = score(config.reward_source, roles, heads, found.prompts, judged(found), ROWS)
+        return Drawn(found, rewards, sum(map(len, found.responses)))
+
+    policy = (candidate.adapter, candidate.beta or 0.0)
+    drawn = best((Rounds() if rounds is None else rounds).of(policy, candidate.best_of, draw))
+    rollout = drawn.rollout
+    texts, scores = scored(config, roles, heads, repeat(prompts, count), rollout, drawn.rewards)
     means = {name: means_of(values, count) for name, values in scores.items()}
     metrics: dict[str, float] = {}
     for name, values in means.items():
         metrics[name], metrics[f"{name}_se"] = interval.mean_se(values)
     greedy: list[str] = []
-    if config.eval.greedy:
+    if config.eval.greedy and candidate.best_of == 1:  # n most probable answers are equal
         one = replace(config.generation, greedy=True)
-        best = write(context, roles, role, encoded, keys[::count], one)
-        greedy, best_scores = scored(config, roles, heads, prompts, best)
-        metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in best_scores.items()}
-    metrics["kl"] = 0.0 if candidate.kind == SFT else kl_to_sft(context, roles, role, rollout)
+        likely = write(context, roles, role, encoded, [0] * len(encoded), one, adjust)
+        greedy, greedy_scores = scored(config, roles, heads, prompts, likely)
+        metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in greedy_scores.items()}
+    metrics["kl"] = distance(context, roles, role, candidate, rollout, adjust)
+    metrics["sampled_tokens"] = drawn.tokens / len(texts)
     metrics |= text.measure(texts, spoken(rollout), rollout.ended)
     references = [prompt.reference for prompt in prompts]
     metrics |= rouge.measure(texts, repeat(references, count))
@@ -151,6 +175,16 @@ def measure(
     if candidate.adapter is not None:
         roles.remove(role)
     return Measured(candidate, rollout, texts, scores, means, greedy, metrics)
+
+
+def distance(
+    context: Context, roles: Roles, role: str | None, candidate: Candidate, rollout: Rollout, adjust: Any
+) -> float:
+    """KL to SFT in nats an answer (divergence.py); of a best-of-n what it is at most."""
+    if candidate.best_of > 1:
+        given = (context, roles, role, rollout, adjust)
+        return best_of_n_to_sft(candidate.best_of, *given, of_sft=candidate.of_sft)
+    return 0.0 if candidate.kind == SFT else kl_to_sft(context, roles, role, rollout, adjust)
 
 
 def measure_data(
@@ -202,21 +236,30 @@ def write(
     encoded: list[list[int]],
     keys: list[int],
     generation: Generation,
+    adjust: Adjust | None = None,
 ) -> Rollout:
     """One answer to each row, ROWS at a time."""
+    parts = [slice(i, i + ROWS) for i in range(0, len(encoded), ROWS)]
     return join(
-        generate(context.base, lambda: roles.use(role), encoded[i : i + ROWS], keys[i : i + ROWS], generation)
-        for i in range(0, len(encoded), ROWS)
+        generate(context.base, lambda: roles.use(role), encoded[part], keys[part], generation, adjust)
+        for part in parts
     )
 
 
 def scored(
-    config: EvalRun, roles: Roles, heads: Heads, prompts: list[Prompt], rollout: Rollout
+    config: EvalRun,
+    roles: Roles,
+    heads: Heads,
+    prompts: list[Prompt],
+    rollout: Rollout,
+    rewards: list[float] | None = None,
 ) -> tuple[list[str], dict[str, list[float]]]:
-    """The answers' texts, and their reward and gold score."""
+    """The answers' texts, and their reward (unless it is known) and gold score."""
     shown = judged(rollout)
     texts = roles.base.tokenizer.batch_decode(shown, skip_special_tokens=True)
-    scores = {"reward": score(config.reward_source, roles, heads, rollout.prompts, shown, ROWS)}
+    if rewards is None:
+        rewards = score(config.reward_source, roles, heads, rollout.prompts, shown, ROWS)
+    scores = {"reward": rewards}
     if config.eval.gold != functions.NONE:
         asked = [str(prompt.prompt) for prompt in prompts]
         scores["gold"] = by_gold(config.eval.gold, roles, heads, rollout.prompts, shown, asked, ROWS)
@@ -230,23 +273,6 @@ def join(parts: Any) -> Rollout:
     return Rollout(
         *(None if column[0] is None else [row for part in column for row in part] for column in columns)
     )
-
-
-@torch.no_grad()
-def kl_to_sft(context: Context, roles: Roles, role: str | None, rollout: Rollout) -> float:
-    """KL(policy || SFT) in nats an answer: exact at every visited position, untruncated, temperature 1."""
-    ref = BASE
-    if (sft := context.adapter("sft")) is not None:
-        ref = "ref"
-        roles.load(ref, sft)
-    total = 0.0
-    for rows in by_length(rollout, range(len(rollout.prompts)), ROWS):
-        batch = answers(rollout, rows, context.base)
-        hidden, ref_hidden = (chosen(hidden_before(roles, name, batch), batch) for name in (role, ref))
-        total += float(untruncated_kl(context.base, hidden, ref_hidden).sum())
-    if ref is not BASE:
-        roles.remove(ref)
-    return total / len(rollout.prompts)
 
 
 def answer(measured: Measured, i: int) -> dict[str, Any]:

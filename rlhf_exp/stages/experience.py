@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms import baselines
 from rlhf_exp.algorithms.gae import GAE, gae
 from rlhf_exp.algorithms.kl import kl_divergence_estimate, kl_rewards
@@ -63,7 +64,7 @@ class Experience(NamedTuple):
         """The forward that is kept for this minibatch and these weights, if there is one; it is gone after that."""
         kept = self.first[0] if self.first else []
         found = kept.pop() if kept else None
-        return found if found and [found.rows] == minibatch and found.weights == weights else None
+        return found if found and [found.rows] == list(minibatch) and found.weights == weights else None
 
 
 class Seen(NamedTuple):
@@ -97,7 +98,10 @@ def shape_scores(
         scores = torch.where(unended, ppo.missing_eos_score, scores)
     else:
         scores = scores - ppo.missing_eos_penalty * unended.float()
-    lengths = torch.tensor([len(response) for response in rollout.responses], device=scores.device)
+    # an EOS that a stop text put there was not chosen, so it costs nothing
+    stops = rollout.stops or [None] * len(rollout.responses)
+    sampled = [len(r) - (stop is not None) for r, stop in zip(rollout.responses, stops, strict=True)]
+    lengths = torch.tensor(sampled, device=scores.device)
     return scores - ppo.length_penalty * (lengths - ppo.length_budget).clamp(min=0).float()
 
 
@@ -111,25 +115,29 @@ def look(
 ) -> Seen:
     """Forward every answer, in the micro-batches of the first epoch, in which the update will do it again.
 
-    With `keep` the policy's forwards are put there, each with its graph.
+    Each rank does its own; all have all afterwards. With `keep` the policy's forwards are put there, each with its
+    graph.
     """
     base = actors.base
     shape = answers(rollout, range(len(rollout.prompts)), base).mask.shape
     seen = Seen(*(torch.zeros(shape, device=base.device) for _ in Seen._fields))
-    for rows in (rows for minibatch in epoch for rows in minibatch):
+    for rows, counts in (turn for some in epoch for turn in distributed.turns(some, base.in_shards)):
         batch = answers(rollout, rows, base)
         with torch.set_grad_enabled(keep is not None):
             hidden, read = states(actors, batch)
             entropic = keep is not None and config.ppo.entropy_coef > 0
             now = answer_logprobs(base, hidden, batch, config.generation, entropy_gradient=entropic)
-        if keep is not None:
+        if keep is not None and counts:
             keep.append(Forward(rows, hidden, read, now, state_of(actors)))
         ref_hidden = faults.ref_hidden(config.ppo, hidden_before(actors.roles, actors.ref, batch))
         ref = answer_logprobs(base, ref_hidden, batch, config.generation, entropy=False)
         found = Seen(now.logprobs, ref.logprobs, values(actors, read), now.entropy, now.kept_mass)
+        if not counts:
+            continue
         for whole, part in zip(seen, found, strict=True):
             if part is not None:
                 whole[batch.rows] = padded(chosen(part, batch), batch.steps)
+    distributed.sum_tensors(seen)  # each row is one rank's, and 0 with the others
     return seen
 
 
@@ -147,7 +155,8 @@ def prepare(
     everything = answers(rollout, range(len(rollout.prompts)), base)
     mask = everything.steps
     # before the very first update the forwards of old and new log-probs stay two: check_start compares them
-    keep = [] if len(epoch) == len(epoch[0]) == 1 and state.updates > 0 else None
+    once = len(epoch) == len(distributed.mine(epoch[0])) == 1
+    keep = [] if once and state.updates > 0 else None
     seen = look(config, actors, rollout, epoch, keep)
     kl = kl_divergence_estimate(seen.logprobs, seen.ref_logprobs, ppo.kl_estimator, mask)
     rewards = kl_rewards(scores, kl, mask, state.kl_coef if ppo.kl_in == "reward" else 0.0)

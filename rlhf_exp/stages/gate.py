@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROBE, REPORT, PICTURE = "probe", "probe.json", "probe.png"  # a run's folder of probes, and what is in it
 GATE = "gate"  # the folder of a run on a patched reward model: what the patch changed
-TRAINED = ("ppo", "ilql")  # stages that learn from scores
+TRAINED = ("ppo", "ilql", "rft")  # stages that learn from scores
 
 
 class Failure(NamedTuple):

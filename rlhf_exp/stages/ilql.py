@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms import ilql as algorithm
 from rlhf_exp.algorithms.logprob import linear_logprobs
 from rlhf_exp.data.load import statistics
@@ -25,9 +26,9 @@ from rlhf_exp.model.ilql_heads import ILQLHeads
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.rewards.source import score
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.scoring import Answers, answers, by_length, hidden_before
-from rlhf_exp.schema import GOLD, LEARNED, ILQLRun, proxies
-from rlhf_exp.stages import checkpoint, supervised
+from rlhf_exp.rollout.scoring import Answers, answers, dealt, hidden_before
+from rlhf_exp.schema import GOLD, LEARNED, ILQLRun, RFTRun, proxies
+from rlhf_exp.stages import checkpoint, microbatch, supervised
 from rlhf_exp.stages.actors import Heads, load_reward_models
 from rlhf_exp.stages.checkpoint import Keeper
 from rlhf_exp.stages.context import ADAPTER, HEADS_FILE, ILQL, Context
@@ -71,14 +72,15 @@ def run(config: ILQLRun, context: Context) -> dict[str, float]:
     """Train adapter and heads; publish both; report the decoding for every beta."""
     torch.manual_seed(config.seed)
     base = context.base
-    with Roles(base) as roles:
+    config = microbatch.settle(config, context)
+    with Roles(base, config.memory.gradient_checkpointing) as roles:
         scorers = put_roles(config, context, roles)
         data = load(config, context, roles, scorers)
         heads = ILQLHeads(config.ilql.head, base.hidden_size, base.output_layer[0], config.seed)
         heads.to(base.device)
         steps = supervised.steps_of(config.train, len(data.rewards))
         parameters = [*roles.parameters("policy"), *heads.trainable()]
-        optimizer = adamw(parameters, config.optim)
+        optimizer = adamw(parameters, config.optim, config.strategy)
         scheduler = schedule(optimizer, config.optim, steps)
         parts = (
             {"policy": roles.parameters("policy"), "heads": list(heads.parameters())},
@@ -109,7 +111,7 @@ def run(config: ILQLRun, context: Context) -> dict[str, float]:
     return found | last | data.metrics
 
 
-def put_roles(config: ILQLRun, context: Context, roles: Roles) -> Heads:
+def put_roles(config: ILQLRun | RFTRun, context: Context, roles: Roles) -> Heads:
     """The policy from the SFT adapter; the reward models that score, gold included, and their heads."""
     sft = context.adapter("sft")
     if sft is not None:
@@ -167,19 +169,24 @@ def update(
     started = time.perf_counter()
     ilql, tokens = config.ilql, sum(map(len, data.rollout.responses))
     total: dict[str, Tensor] = {}
-    for micro in by_length(data.rollout, range(len(data.rewards)), config.train.micro_batch_size):
+    groups = dealt(data.rollout, range(len(data.rewards)), config.train.micro_batch_size)
+    for micro, counts in distributed.turns(groups, roles.base.in_shards):
         batch = answers(data.rollout, micro, roles.base)
         losses, shares = losses_of(config, roles, heads, batch, data.rewards, tokens)
         loss = losses.q + losses.v + ilql.cql_coef * losses.cql + ilql.awac_coef * losses.awac
-        loss.backward()
+        (loss if counts else 0 * loss).backward()
+        if not counts:
+            continue
         shares |= {f"{name}_loss": x.detach() for name, x in losses._asdict().items()}
         for name, share in (shares | {"loss": loss.detach()}).items():
             total[name] = total[name] + share if name in total else share
+    distributed.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     algorithm.polyak_update(heads.target.parameters(), heads.q.parameters(), ilql.polyak)
-    found = {f"ilql/{name}": float(value) for name, value in total.items()} | {"ilql/grad_norm": float(norm)}
+    found = distributed.add({f"ilql/{name}": float(value) for name, value in total.items()})
+    found["ilql/grad_norm"] = float(norm)
     if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
         raise FloatingPointError(f"{', '.join(wrong)}: no finite number; lower optim.lr")
     found["time/step"] = time.perf_counter() - started

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from rlhf_exp.algorithms.ilql import decoding_bonus
 from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Asked
@@ -21,29 +17,10 @@ from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, ILQLRun
 from rlhf_exp.stages.actors import Heads
 from rlhf_exp.stages.evaluate import join, means_of
+from rlhf_exp.stages.steering import steer
 
 ROWS = 64  # answers generated or scored together
 SAMPLES = 4  # answers a beta written to samples.jsonl
-
-
-def steer(heads: ILQLHeads, beta: float) -> Adjust | None:
-    """Last hidden states [B, d] -> what decoding adds to the logits [B, V]; None at beta = 0: the plain policy.
-
-    Q is the smaller of the lagging twins'.
-    """
-    if beta == 0:
-        return None
-
-    @torch.no_grad()
-    def bonus(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):  # decoding runs inside the role's
-            tables = [
-                torch.nn.functional.linear(features.to(weight.dtype), weight, bias).float()
-                for features, weight, bias in heads.targets(hidden)
-            ]
-            return decoding_bonus(torch.minimum(*tables), heads.values(hidden), beta)
-
-    return bonus
 
 
 def prompts_of(config: ILQLRun) -> list[tuple[int, Asked]]:

@@ -1,164 +1,206 @@
-"""A rough estimate of the memory that a plan needs, by role, before anything is loaded."""
+"""The memory plan of a command: what each stage needs, printed by `dry_run=true`, and whether it fits."""
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from rlhf_exp.model import quantize, shapes
-from rlhf_exp.model.shapes import Size
-from rlhf_exp.schema import DPORun, ExportRun, ILQLRun, KTORun, PPORun, ProbeRun, RewardRun, SFTRun
+from rlhf_exp import distributed
+from rlhf_exp.errors import InputError
+from rlhf_exp.memory import architecture, free, parts, strategies, table
+from rlhf_exp.memory.architecture import Architecture
+from rlhf_exp.memory.levers import Lever, levers
+from rlhf_exp.memory.parts import Facts, Item
+from rlhf_exp.memory.strategies import Rank
+from rlhf_exp.memory.table import gigabytes
+from rlhf_exp.model import shapes
+from rlhf_exp.schema import JUDGE, EvalRun, PPORun, PreferRun, Run
 from rlhf_exp.stages.nodes import Node, Plan
-from rlhf_exp.stages.preflight import targets_of
+from rlhf_exp.stages.preflight import planned, targets_of
 
-BYTES = {"bfloat16": 2, "float32": 4}
-# a trained float32 number: the weight, its gradient, Adam's two moments
-TRAINED = 16
-ROWS = 64  # answers that eval generates together
-# hidden-sized arrays a layer keeps for the backward, about: norms, q k v o, gate and up (2.7 times as wide), LoRA's
-# float32 copies of the inputs
-KEPT_PER_LAYER = 24
-LOGITS = 4 * 4 * 2**24  # the chunk of logits and what is computed from it (algorithms/logprob.py)
+SHOWN = 4  # levers
 
 
 def estimate(plan: Plan) -> Iterator[str]:
-    """Lines: the base once, then what each stage adds at its peak; and what four separate models would take."""
-    size = size_of(plan)
-    if size is None:
-        yield f"no memory estimate: model {plan.config.model.name} is not here and its file gives no sizes"
+    """Lines: for each stage that is still to be built a table, what travels, and what would save memory."""
+    if model_of(plan) is None:
+        yield f"no memory plan: model {plan.config.model.name} is not here and its preset gives no sizes"
         return
-    base = _base(plan, size)
-    kind = plan.config.model.quantization
-    stored = (
-        plan.base.dtype if kind == "none" else f"{kind}, embeddings and output layer in {plan.base.dtype}"
+    for node in plan.nodes:
+        if node.config is not None and not node.found:
+            yield from of_node(node, plan)
+
+
+def of_node(node: Node, plan: Plan) -> Iterator[str]:
+    """A stage's table, its peak on a rank, and the levers."""
+    config, facts = node.config, facts_of(node, plan)
+    alone, rank = items_of(config, facts, ranks=1), rank_of(config, facts)
+    size = f"{facts.model.parameters / 1e9:.3g} B parameters"
+    title = f"{node.name}: {config.model.name}, {size}, {stored(node, plan)}, {facts.device}, {ways(config, facts)}"
+    yield from table.lines(title, alone, rank.device, rank.host, facts.ranks)
+    phase, need = parts.peak(rank.device)
+    yield f"peak of {node.name} about {gigabytes(need)} in {phase}" + (
+        " on each rank" if facts.ranks > 1 else ""
     )
-    yield f"base {gigabytes(base)} ({size.parameters / 1e9:.3g} B parameters in {stored}), held once"
-    peak = base
+    if isinstance(config, PPORun):
+        yield from _separate(config, facts, node)
+    yield from _logits(config, facts)
+    if facts.ranks > 1:
+        yield _travels(config, facts, alone)
+    room = None if planned(plan) and config.memory.gb is None else room_of(config, facts.device)
+    if room is not None:
+        verdict = "fits into" if need <= room else "does NOT fit into"
+        yield f"{verdict} {gigabytes(room)}" + ("" if config.memory.gb else " that are free here")
+    for lever in helps(config, facts)[:SHOWN]:
+        yield f"  {lever.setting} saves {gigabytes(lever.saving)}" + (
+            f" ({lever.note})" if lever.note else ""
+        )
+
+
+def stored(node: Node, plan: Plan) -> str:
+    """In what the base's weights are held."""
+    kind, dtype = node.config.model.quantization, dtype_of(node, plan)
+    return dtype if kind == "none" else f"{kind}, embeddings and output layer in {dtype}"
+
+
+def ways(config: Run, facts: Facts) -> str:
+    return f"strategy={config.strategy.name}" + (f", {facts.ranks} ranks" if facts.ranks > 1 else "")
+
+
+def _separate(config: PPORun, facts: Facts, node: Node) -> Iterator[str]:
+    """What four models of their own would take, as PPO is often run."""
+    base = parts.base_bytes(facts.model, facts.dtype, config.model.quantization)
+    trained = sum(parts.separate(config, facts).values())
+    yield (
+        f"four separate models: {gigabytes(4 * base)} for their weights, the one base here {gigabytes(base)}; with "
+        f"policy and critic trained in full {gigabytes(trained)} with gradients and moments"
+    )
+
+
+def _logits(config: Run, facts: Facts) -> Iterator[str]:
+    """What working through logits in chunks saves: it is always on."""
+    ours = [
+        item
+        for item in parts.items(config, facts)
+        if item.kind == parts.LOGITS and parts.FORWARD in item.phases
+    ]
+    if not isinstance(config, PPORun) or not ours:
+        return
+    rows = min(config.ppo.batch_size * config.ppo.samples_per_prompt, config.ppo.micro_batch_size or 10**9)
+    positions = rows * config.generation.max_new_tokens
+    whole = parts.whole_logits(facts, positions)
+    yield f"log-probs in chunks (always on): {gigabytes(sum(i.bytes for i in ours))} in place of {gigabytes(whole)}"
+
+
+def _travels(config: Run, facts: Facts, alone: list[Item]) -> str:
+    found = strategies.volume(config.strategy.name, facts.ranks, alone, facts.model, facts.dtype, passes=2)
+    more = f", {gigabytes(found.rollout)} a rollout" if found.rollout else ""
+    return f"sent by each rank: {gigabytes(found.step)} an optimiser step ({found.why}){more}"
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def model_of(plan: Plan) -> Architecture | None:
+    """From the model's files, else from its preset's numbers; None if neither says."""
+    if plan.base.folder is not None:
+        return architecture.of_folder(plan.base.folder, plan.shapes)
+    return architecture.of_preset(plan.config.model)
+
+
+def dtype_of(node: Node, plan: Plan) -> str:
+    """Of the base of a stage: all weights are trained in float32."""
+    return (node.base or plan.base).dtype
+
+
+def facts_of(node: Node, plan: Plan) -> Facts:
+    """What the counting needs besides the config."""
+    config = node.config
+    return Facts(
+        model=model_of(plan),
+        dtype=dtype_of(node, plan),
+        device=plan.base.device.partition(":")[0],
+        targets=tuple(targets_of(config.lora, config.model)),
+        scorers=tuple(role for role, parent in node.parents.items() if parent.stage == "reward"),
+        reference="sft" in node.parents
+        and not (node.parents["sft"].is_base or node.parents["sft"].makes_base),
+        judge=judge_bytes(config, dtype_of(node, plan)),
+        ranks=(plan.config.memory.ranks if plan.config.dry_run else 0) or distributed.world_size(),
+    )
+
+
+def judge_bytes(config: Run, dtype: str) -> float:
+    """Of a judge with a folder of its own; 0 where there is none, it is the base, or it is not here yet."""
+    asked = isinstance(config, EvalRun) and config.eval.judge == "model"
+    asked = asked or (isinstance(config, PreferRun) and JUDGE in config.prefer.labellers)
+    folder = Path(os.path.expanduser(config.judge.model or "")) if asked else Path()
+    if not asked or config.judge.model == "base" or not (folder / "config.json").is_file():
+        return 0.0
+    return shapes.size_of(folder).parameters * parts.BYTES[dtype]
+
+
+def items_of(config: Run, facts: Facts, ranks: int | None = None) -> list[Item]:
+    """Of one process among `ranks`, before its weights are divided."""
+    return parts.items(config, facts if ranks is None else replace(facts, ranks=ranks))
+
+
+def rank_of(config: Run, facts: Facts) -> Rank:
+    """What one rank holds."""
+    return strategies.on_rank(
+        items_of(config, facts), config.strategy.name, facts.ranks, facts.model, facts.dtype
+    )
+
+
+def need_of(config: Run, facts: Facts) -> float:
+    """Bytes of a rank's peak on its device."""
+    return parts.peak(rank_of(config, facts).device)[1]
+
+
+def helps(config: Run, facts: Facts) -> list[Lever]:
+    return levers(config, lambda other: need_of(other, facts), facts.device, facts.ranks)
+
+
+# ---------------------------------------------------------------- whether it fits
+
+
+def room_of(config: Run, device: str) -> float | None:
+    """Bytes there are: memory.gb, else what is free; None where nobody says."""
+    if config.memory.gb is not None:
+        return config.memory.gb * 1e9
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+    return free.of_host()
+
+
+def require_weights(plan: Plan) -> None:
+    """InputError where weights, gradients and moments alone do not fit: that needs no data to be known."""
+    if model_of(plan) is None:
+        return
+    lines = []
     for node in plan.nodes:
         if node.config is None or node.found:
             continue
-        parts = _stage(node, plan, size)
-        peak = max(peak, base + sum(parts.values()))
-        yield f"{node.name:6s} + " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
-    yield (
-        f"peak about {gigabytes(peak)}; with a separate model for each of the four roles the bases alone take "
-        + (f"{gigabytes(4 * base)}")
+        config, facts = node.config, facts_of(node, plan)
+        room = room_of(config, facts.device)
+        kinds = (parts.PARAMETERS, parts.GRADIENTS, parts.OPTIMISER)
+        held = [item for item in rank_of(config, facts).device if item.kind in kinds]
+        need = parts.peak(held)[1]
+        if room is not None and need > room:
+            lines.append(f"{node.name} {short(need, room, config, facts)}")
+    if lines:
+        raise InputError(lines)
+
+
+def short(need: float, room: float, config: Run, facts: Facts) -> str:
+    """What is missing, and what helps, in a line."""
+    found = helps(config, facts)
+    enough = [lever for lever in found if need_of(config, facts) - lever.saving <= room]
+    named = enough[:2] or found[:2]
+    advice = " or ".join(f"{lever.setting} (saves {gigabytes(lever.saving)})" for lever in named)
+    return f"needs {gigabytes(need)} of memory, but there are {gigabytes(room)}: " + (
+        f"set {advice}" if advice else "choose a smaller model"
     )
-
-
-def parts(node: Node, plan: Plan) -> dict[str, float] | None:
-    """Bytes that a stage adds to the base at its peak, by what they are for; None where no sizes are known."""
-    size = size_of(plan)
-    return None if size is None else _stage(node, plan, size)
-
-
-def size_of(plan: Plan) -> Size | None:
-    """From the model's files, else from its config file's sizes; None if neither says."""
-    model = plan.config.model
-    if plan.base.folder is not None:
-        return shapes.size_of(plan.base.folder, plan.shapes)
-    facts = (model.billion_params, model.layers, model.hidden_size, model.vocab_size)
-    return None if None in facts else Size(int(facts[0] * 1e9), *facts[1:])
-
-
-def _base(plan: Plan, size: Size) -> float:
-    """Bytes of the frozen base. Quantised are the matrices of its layers, but not what has a row for each token."""
-    width, kind = BYTES[plan.base.dtype], plan.config.model.quantization
-    if kind == "none":
-        return size.parameters * width
-    if plan.base.folder is None:
-        kept = 2 * size.vocab_size * size.hidden_size  # embeddings and output layer, for want of shapes
-    else:
-        small = (s for s in plan.shapes.values() if len(s) < 2 or s[0] == size.vocab_size)
-        kept = sum(math.prod(shape) for shape in small)
-    return kept * width + (size.parameters - kept) * quantize.BYTES[kind]
-
-
-def _stage(node: Node, plan: Plan, size: Size) -> dict[str, float]:
-    config, width = node.config, BYTES[plan.base.dtype]
-    adapter = _adapter_parameters(node, plan, size)
-    data = config.dataset
-    if isinstance(config, SFTRun | RewardRun):
-        rows = min(config.train.micro_batch_size, config.train.batch_size) * (
-            1 + isinstance(config, RewardRun)
-        )
-        tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
-        if isinstance(config, RewardRun) and config.reward.share_prompts:
-            pair = data.max_prompt_tokens + 2 * data.max_response_tokens
-            tokens = rows // 2 * pair
-            if limit := config.reward.micro_batch_tokens:
-                tokens = min(tokens, max(limit, pair))
-        if config.lora.full:
-            return {
-                "all weights": TRAINED * size.parameters,
-                "activations": tokens * _kept(size, BYTES["float32"]),
-            }
-        return {"adapter": TRAINED * adapter, "activations": tokens * _kept(size, width)}
-    if isinstance(config, DPORun | KTORun):
-        rows = 2 * min(config.train.micro_batch_size, config.train.batch_size)
-        tokens = rows * (data.max_prompt_tokens + data.max_response_tokens)
-        return {
-            "policy": TRAINED * adapter,
-            "ref": 4 * adapter,
-            "activations": tokens * _kept(size, width),
-            "logits": LOGITS,
-        }
-    if isinstance(config, ExportRun):
-        return (
-            {"merged weights": size.parameters * 4}
-            if config.export.form == "merged"
-            else {"adapter": 4 * adapter}
-        )
-    if isinstance(config, ILQLRun):
-        tokens = min(config.train.micro_batch_size, config.train.batch_size) * (
-            data.max_prompt_tokens + data.max_response_tokens
-        )
-        q_head = shapes.q_head(config.ilql.head, size.hidden_size, size.vocab_size)
-        return {
-            "adapter": TRAINED * adapter,
-            "heads": 2 * (TRAINED + 4) * q_head,  # twins, and their copies that are not trained
-            "activations": tokens * _kept(size, width),
-            "logits": LOGITS,
-        } | ({"reward": _models(node) * 4 * adapter} if _models(node) else {})
-    if isinstance(config, ProbeRun):
-        return {"reward": 4 * adapter}
-    rows = config.ppo.batch_size * config.ppo.samples_per_prompt if isinstance(config, PPORun) else ROWS
-    length = data.max_prompt_tokens + config.generation.max_new_tokens
-    cache = 2 * rows * length * size.layers * size.hidden_size * width
-    if not isinstance(config, PPORun):
-        return {
-            "adapters": (2 + _models(node)) * 4 * adapter,  # with candidate and ref
-            "KV cache": cache,
-            "logits": LOGITS,
-        }
-    trained = 2 if config.ppo.critic == "own" and config.ppo.estimator == "gae" else 1
-    return {
-        "policy": trained * TRAINED * adapter,
-        "ref and reward": (1 + _models(node)) * 4 * adapter,
-        "KV cache": cache,
-        "activations": min(rows, config.ppo.micro_batch_size) * length * _kept(size, width),
-        "logits": LOGITS,
-    }
-
-
-def _models(node: Node) -> int:
-    """Reward models that a stage holds, an ensemble's and the gold scorer included."""
-    return sum(parent.stage == "reward" for parent in node.parents.values())
-
-
-def _kept(size: Size, width: int) -> int:
-    """Bytes a token that the backward needs."""
-    return size.layers * size.hidden_size * KEPT_PER_LAYER * width
-
-
-def _adapter_parameters(node: Node, plan: Plan, size: Size) -> int:
-    lora = node.config.lora
-    targets = targets_of(lora, node.config.model)
-    if plan.base.folder is None:  # square matrices, for want of shapes
-        return lora.r * 2 * size.hidden_size * size.layers * len(targets)
-    return shapes.lora_size(plan.shapes, targets, lora.r, lora.dora)
-
-
-def gigabytes(value: float) -> str:
-    """2.1 GB, or MB below one tenth."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.0f} MB"

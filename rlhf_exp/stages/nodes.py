@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_exp.model import shapes
 from rlhf_exp.rewards import functions, parts
-from rlhf_exp.schema import GOLD, LEARNED, PPORun, RewardSource, Run, proxies, stage_of
+from rlhf_exp.schema import GOLD, LEARNED, PPORun, RewardSource, RFTRun, Run, proxies, stage_of
 from rlhf_exp.stages import gate, rounds
 from rlhf_exp.stages.context import START
 from rlhf_exp.store.runs import RunFolder
@@ -105,7 +105,7 @@ class Plan:
         yield f"base   = {name} {here}, {self.base.dtype} on {self.base.device}"
         nodes = {node.name: node for node in self.nodes}
         sft, ppo = nodes.get("sft"), nodes.get("ppo")
-        policy = ppo or self.target.stage in ("ppo", "dpo", "kto")
+        policy = ppo or self.target.stage in ("ppo", "dpo", "kto", "rft")
         if sft is not None and policy:  # export may be given a policy alone
             if sft.makes_base:
                 name = f"all weights of {sft}"
@@ -113,7 +113,12 @@ class Plan:
                 yield f"ref    = base ({name})"
             else:
                 yield f"policy = base {name} + {(ppo or self.target).parents.get(START, sft)}, trained on"
-                yield f"ref    = base {name} + {sft}, frozen" if not sft.is_base else f"ref    = base {name}"
+                if self.target.stage != "rft":  # which has no reference
+                    yield (
+                        f"ref    = base {name} + {sft}, frozen"
+                        if not sft.is_base
+                        else f"ref    = base {name}"
+                    )
             source = (ppo or self.target).config
             if isinstance(source, PPORun):
                 yield from _scorers(source.reward_source, name, nodes)
@@ -123,6 +128,8 @@ class Plan:
                 if source.ppo.estimator != "gae":
                     own = f"none, {source.ppo.estimator} compares answers"
                 yield f"critic = {own}"
+            elif isinstance(source, RFTRun):
+                yield from _scorers(source.reward_source, name, nodes)
         yield from rounds.lines(self)
         yield from gate.lines(self)
         for node in self.nodes:

@@ -6,7 +6,7 @@ import torch
 
 from rlhf_exp.rollout.engine import Rollout
 from rlhf_exp.rollout.noise import splitmix
-from rlhf_exp.rollout.scoring import by_length
+from rlhf_exp.rollout.scoring import dealt
 from rlhf_exp.schema import PPORun
 
 Plan = list[list[list[list[int]]]]  # plan[epoch][minibatch][micro-batch] = rows
@@ -20,14 +20,15 @@ def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
 
 
 def minibatches(rollout: Rollout, config: PPORun, step: int) -> Plan:
-    """Rows of every micro-batch of every minibatch of every epoch."""
+    """Rows of every micro-batch of every minibatch of every epoch; on several ranks those of all, in turn."""
     ppo, count = config.ppo, len(rollout.prompts)
     size = count // ppo.minibatches
     plan = []
     for epoch in range(ppo.epochs):
         order = _shuffle(count, config.seed, step, epoch)
         pieces = [order[start : start + size] for start in range(0, count, size)]
-        plan.append([by_length(rollout, piece, ppo.micro_batch_size) for piece in pieces])
+        limits = ppo.micro_batch_size, ppo.micro_batch_tokens
+        plan.append([dealt(rollout, piece, *limits) for piece in pieces])
     return plan
 
 

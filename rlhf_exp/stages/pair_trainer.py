@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms.pairwise import (
     centering_loss,
     compared_tokens,
@@ -20,11 +21,12 @@ from rlhf_exp.algorithms.pairwise import (
     pairwise_loss,
     token_wise_loss,
 )
-from rlhf_exp.data.pairs import Packed, Pair, groups, pack
+from rlhf_exp.data.pairs import Packed, Pair, pack
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles
-from rlhf_exp.rewards.pairs import hidden_states
+from rlhf_exp.rewards.pairs import dealt, hidden_states
 from rlhf_exp.schema import Reward
+from rlhf_exp.stages import divided
 
 
 class RewardModel(nn.Module):
@@ -33,7 +35,7 @@ class RewardModel(nn.Module):
     def __init__(self, roles: Roles, head: ScalarHead, share: bool):
         super().__init__()
         self.base_model, self.head, self.share = roles.base.model, head, share
-        self._roles = roles
+        self._roles, self.in_shards = roles, roles.base.in_shards
 
     def forward(self, packed: Packed, last: bool = False) -> Tensor:
         """Scores [2b, A] after every token of the answers, or [2b, 1] after their last; first the chosen answers."""
@@ -78,6 +80,7 @@ class PairTrainer(Trainer):
         super().__init__(train_dataset=Pairs(len(pairs)), data_collator=Pairs.collate, **arguments)
         self.reward, self.pairs, self.margins = reward, pairs, margins
         self.size, self.tokens = size, tokens
+        self.in_shards = False  # the base's weights
         self._right, self._seen = 0.0, 0
 
     def training_step(
@@ -87,20 +90,26 @@ class PairTrainer(Trainer):
         model.train()
         rows = inputs["rows"].tolist()
         device, total = inputs["rows"].device, torch.zeros((), device=inputs["rows"].device)
-        for group in groups([self.pairs[row] for row in rows], self.tokens, self.size):
+        groups = dealt([self.pairs[row] for row in rows], self.tokens, self.size)
+        for group, counts in distributed.turns(groups, self.in_shards):
             some = [rows[i] for i in group]
             packed = pack([self.pairs[row] for row in some]).to(device)
             margins = None if self.margins is None else self.margins[some].to(device)
             scores = model(packed, last=self.reward.loss == "last_token")
             loss = loss_of(self.reward, scores, packed, len(rows), margins)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss if counts else 0 * loss)
+            if not counts:
+                continue
             total += loss.detach()
             chosen, rejected = scores.detach()[:, -1].chunk(2)
             self._right += float(pairwise_accuracy(chosen, rejected)) * len(some)
             self._seen += len(some)
-        return total
+        return divided.finish(self, total)
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        if distributed.world_size() > 1:
+            found = distributed.add({"right": self._right, "seen": self._seen})
+            self._right, self._seen = found["right"], found["seen"]
         if self._seen:
             logs["accuracy"] = self._right / self._seen
             self._right, self._seen = 0.0, 0

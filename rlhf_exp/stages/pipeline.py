@@ -6,22 +6,25 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_exp import distributed
 from rlhf_exp.errors import InputError, Interrupted
 from rlhf_exp.schema import ReportRun, Run
-from rlhf_exp.stages import STAGES, gate, memory, plan, preflight, report, rounds, signals, summary, trial
+from rlhf_exp.stages import STAGES, gate, memory, plan, preflight, report, rounds, signals, summary
 from rlhf_exp.stages.context import ADAPTER, CRITIC, EMA, HEAD, ILQL, MODEL, Context
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store import atomic, states
 from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
 from rlhf_exp.store.runs import FAILED, KILLED, PREFIX, RunFolder, find, run_folder
+from rlhf_exp.strategies import command, require
+from rlhf_exp.sweeps import current, pruning
 from rlhf_exp.tracking import Tracker, open_tracker, require_store, resend, tracked
 
 if TYPE_CHECKING:
@@ -44,11 +47,20 @@ def run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
 
     Raises InputError, with every problem, before anything is loaded.
     """
+    with command.together():
+        return _run(config, choices)
+
+
+def _run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
     if isinstance(config, ReportRun):  # it reads what others built
-        return report.run(config)
+        return report.run(config) if distributed.is_main() else None
     started = time.monotonic()
-    todo = plan.make(config, choices)
-    preflight.check(todo)
+    require.same_config(config)
+    todo = distributed.agree(lambda: checked(plan.make(config, choices)))
+    require.same_plan(todo)
+    # libraries import DeepSpeed where it is installed, and it warns that it looked for a device
+    if todo.base.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for line in todo.lines():
         say(line)
     if config.dry_run:
@@ -58,21 +70,29 @@ def run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
     bases = Bases(todo)
     if first := gate.undecided(todo):
         make(replace(todo, target=first[-1], nodes=first), bases)
-        todo = plan.make(config, choices, {node.key: node.found for node in first})
-        preflight.check(todo)
+        built = {node.key: node.found for node in first}
+        todo = distributed.agree(lambda: checked(plan.make(config, choices, built)))
         for line in gate.lines(todo):
             say(line)
-    trial.note(todo)
+    current.note(todo)
+    if current.parent_run() and todo.target.found and distributed.is_main():
+        link(todo)
     make(todo, bases)
-    trial.note(todo)
+    current.note(todo)
     say(f"done in {time.monotonic() - started:.0f} s")
     summary.show(todo)
     return objective(todo.target.found)
 
 
+def checked(todo: Plan) -> Plan:
+    """The plan, if all that it needs is there."""
+    preflight.check(todo)
+    return todo
+
+
 def make(todo: Plan, bases: Bases) -> None:
     """Build what is missing, and finish the uploads of what was there."""
-    config = todo.config
+    config, cached = todo.config, cached_tags(todo)
     if not (todo.missing or unsettled(todo) or note_of(todo).exists()):
         return
     require_store(config.tracking, config.output_dir)
@@ -85,7 +105,17 @@ def make(todo: Plan, bases: Bases) -> None:
                 for line in gate.notes(todo):
                     say(line)
                 gate.check(todo)
-            build(node, todo, tracker, bases)
+            build(node, todo, tracker, bases, cached)
+
+
+def link(todo: Plan) -> None:
+    """In a sweep, a run in MLflow for a trial whose result is there already: its figures, and which run made them."""
+    config, target = todo.config, todo.target
+    tags = {"stage": target.stage, **current.tags(target, todo), **cached_tags(todo)}
+    name = f"{current.name(target, todo)} cached"
+    with tracked(open_tracker(config.tracking, config.output_dir, name, tags, current.parent_run())) as own:
+        own.params(asdict(target.config))
+        upload(target.found, own, files=False)
 
 
 def say(line: str) -> None:
@@ -121,6 +151,10 @@ class Bases:
         if self.loaded is None or self.loaded.path != folder or node.makes_base:
             self.loaded = None
             self.loaded = load_base(model, self.todo.base.device, folder, node.config.seed)
+            if self.todo.config.strategy.name.startswith("zero3"):
+                from rlhf_exp.strategies import parameters
+
+                parameters.shard(self.loaded, self.todo.config.strategy)
         return self.loaded
 
     def forget(self) -> None:
@@ -132,8 +166,12 @@ class Bases:
 def experiment(todo: Plan) -> Iterator[Tracker | None]:
     """The MLflow run whose children the stages are; None when only one stage runs, which then stands alone.
 
-    A note beside the run folders keeps its id until it is done: the same command goes on with it after a kill.
+    A note beside the run folders keeps its id until it is done: the same command goes on with it after a kill. In a
+    sweep all stages are children of the sweep's run.
     """
+    if current.parent_run():
+        yield None
+        return
     config, note = todo.config, note_of(todo)
     earlier = note.read_text() if note.is_file() and config.resume != "never" else None
     if len(todo.missing) <= 1 and config.stage != "pipeline" and not earlier:
@@ -162,6 +200,8 @@ def note_of(todo: Plan) -> Path:
 
 def unsettled(todo: Plan) -> list[Node]:
     """Finished stages whose process was killed before their uploads were done."""
+    if not distributed.is_main():
+        return []
     return [node for node in todo.nodes if node.found and node.found.read().get("tracked") is False]
 
 
@@ -183,12 +223,12 @@ def settle(node: Node, todo: Plan) -> None:
         folder.update(tracked=True)
 
 
-def upload(folder: RunFolder, tracker: Tracker) -> None:
-    """The results of a finished stage."""
+def upload(folder: RunFolder, tracker: Tracker, files: bool = True) -> None:
+    """The results of a finished stage; files: its adapters and the like too."""
     metrics = folder.read()["metrics"].items()
     tracker.metrics({f"final/{name}": value for name, value in metrics if value is not None}, step=0)
     for part in (ADAPTER, EMA, HEAD, CRITIC, ILQL, gate.PROBE, gate.GATE):
-        if (folder.path / part).is_dir():
+        if files and (folder.path / part).is_dir():
             tracker.artifact(folder.path / part, part)
 
 
@@ -203,13 +243,22 @@ def cached_tags(todo: Plan) -> dict[str, str]:
     return found
 
 
-def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None:
-    """Train one stage, or wait for another process that does, and note where the result is."""
+def build(
+    node: Node, todo: Plan, tracker: Tracker | None, bases: Bases, cached: Mapping[str, object]
+) -> None:
+    """Train one stage, or wait for another process that does, and note where the result is.
+
+    cached: tags of a run that stands alone, for what was there before.
+    """
     config = node.config = rounds.with_labels(node)
     fresh = config.resume == "never" and todo.config.stage in (node.name, "pipeline")
-    folder = run_folder(config.output_dir, node.stage, node.key, "never" if fresh else "auto")
+    folder = distributed.from_main(
+        lambda: run_folder(config.output_dir, node.stage, node.key, "never" if fresh else "auto")
+    )
     with build_lock(folder.path, say):
-        node.found = None if fresh else find(config.output_dir, node.stage, node.key)
+        node.found = distributed.from_main(
+            lambda: None if fresh else find(config.output_dir, node.stage, node.key)
+        )
         if node.found:
             say(f"{node.name} {node.key[:6]}: built by another process meanwhile, reused")
             return
@@ -217,9 +266,10 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None
         name = f"{node.name} {node.key[:6]}"
         tags = {"stage": node.stage, "key": node.key, "folder": str(folder.path.absolute())}
         if tracker is None:
-            name = config.run_name or name
-            tags |= cached_tags(todo)
-            own = open_tracker(config.tracking, config.output_dir, name, tags, run_id=earlier)
+            name = config.run_name or current.name(node, todo) or name
+            tags |= {**cached, **current.tags(node, todo)}
+            parent = current.parent_run()
+            own = open_tracker(config.tracking, config.output_dir, name, tags, parent, earlier)
         else:
             own = tracker.child(name, tags, earlier)
         with tracked(own), recorded(folder, node, own):
@@ -230,13 +280,15 @@ def build(node: Node, todo: Plan, tracker: Tracker | None, bases: Bases) -> None
             }
             context = Context(bases.of(node), folder, own, parents, config.checkpoint_every)
             gate.keep(node, folder)
-            metrics = import_module(STAGES[node.stage].module).run(config, context)
+            with pruning.watched(config.early_stop if current.is_own(node, todo) else None):
+                metrics = import_module(STAGES[node.stage].module).run(config, context)
             if node.makes_base:
                 bases.forget()
             folder.finish(metrics)  # before the uploads: whatever becomes of them, the result is there
             upload(folder, own)
         folder.update(tracked=True)
         node.found = folder
+    distributed.barrier()  # from here on the others read what rank 0 wrote
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from rlhf_exp.schema import (
     EvalRun,
     ILQLRun,
     PPORun,
+    RFTRun,
     Run,
     data_views,
     member_of,
@@ -36,7 +37,7 @@ from rlhf_exp.store.keys import run_key
 from rlhf_exp.store.runs import RunFolder, find
 
 # each stage comes after all that it can stand on
-ORDER = ("sft", "prefer", "reward", "probe", "ppo", "ilql", "dpo", "kto", "eval", "export")
+ORDER = ("sft", "prefer", "reward", "probe", "ppo", "ilql", "dpo", "kto", "rft", "eval", "export")
 FIRST, SECOND = "first", "second"  # of the comparisons: for the reward model, for the gold scorer
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
@@ -53,7 +54,7 @@ def needs(stage: str, config: Run, new_base: bool = False) -> tuple[str, ...]:
         return ("sft", "reward") if new_base else ("reward",)
     if stage == "export":
         return tuple(dict.fromkeys([*["sft"] * new_base, config.export.role]))
-    assert isinstance(config, PPORun | ILQLRun | EvalRun)
+    assert isinstance(config, PPORun | ILQLRun | RFTRun | EvalRun)
     gold = config.eval.gold if isinstance(config, EvalRun) else config.reward_source.gold
     scorers = (*proxies(config.reward_source), *([GOLD] if gold == LEARNED else []))
     return ("sft", *scorers, *policies.roles(config.eval)) if stage == "eval" else ("sft", *scorers)
@@ -115,7 +116,7 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
         used = {rounds.setting(name, stage) for name in nodes}
         problems += [
             f"adapters.{name} is for stages that stand on {name}, which {stage} does not: leave it out"
-            for name in ("sft", "reward", "labeller", "ppo", "dpo", "kto")
+            for name in ("sft", "reward", "labeller", "ppo", "dpo", "kto", "rft", "ilql")
             if getattr(config.adapters, name) and name not in used
         ]
     if problems:
@@ -236,9 +237,14 @@ def _node(
 def base_facts(config: Run, download: bool) -> BaseFacts:
     """Find (or, for a hub model, fetch) the base and hash it."""
     folder = base_model.resolve(config.model, download=download)
-    device = base_model.resolve_device(config.device)
-    quantize.require(config.model, device)
-    dtype = base_model.resolve_dtype(config.model.dtype, device)
+    if config.dry_run and config.memory.device != "auto":  # a plan for another machine's device
+        device = config.memory.device
+        dtype = "bfloat16" if device == "cuda" else base_model.resolve_dtype("auto", device)
+        dtype = dtype if config.model.dtype == "auto" else config.model.dtype
+    else:
+        device = base_model.resolve_device(config.device)
+        quantize.require(config.model, device)
+        dtype = base_model.resolve_dtype(config.model.dtype, device)
     if folder is None:
         return BaseFacts(None, f"hub:{config.model.path}@{config.model.revision}", dtype, device)
     return BaseFacts(folder, base_model.content_hash(folder, config.model, config.seed), dtype, device)

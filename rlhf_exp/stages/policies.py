@@ -1,9 +1,11 @@
 """What eval.policies names: policies of stages, folders, MLflow runs, one step of a run; and their names. No torch.
 
-sft  base  ppo  dpo  kto            of a stage of the plan; the plain base
-FOLDER  runs:/ID/adapter            a run folder or a PEFT folder
-WHO@STEP                            one kept adapter of a PPO run
-NAME=WHO                            shown under this name
+sft  base  ppo  rloo  dpo  kto  rft  ilql   of a stage of the plan; the plain base
+FOLDER  runs:/ID/adapter                    a run folder or a PEFT folder
+WHO@STEP                                    one kept adapter of a PPO run
+WHO:best_of_16                              the best of 16 answers of this policy, by the reward
+WHO:beta_4                                  of a run of ilql: decoding by 4 (Q - V)
+NAME=WHO                                    shown under this name
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean
 from rlhf_exp.rewards import judge, relevance
-from rlhf_exp.schema import COMPARED, TRAINED, EvalRun, Evaluation, Run, Tracking
+from rlhf_exp.schema import COMPARED, RLOO, TRAINED, EvalRun, Evaluation, Run, Tracking
 from rlhf_exp.stages import adapters
-from rlhf_exp.stages.context import ADAPTER, CHECKPOINTS, HEAD_FILE
+from rlhf_exp.stages.context import ADAPTER, CHECKPOINTS, HEAD_FILE, HEADS_FILE, ILQL
 from rlhf_exp.store.manifest import RECORD
 
 if TYPE_CHECKING:
     from rlhf_exp.stages.nodes import Node
 
 PLAIN = "base"  # the plain base
-STAGED = ("sft", *TRAINED)  # policies of stages of the plan
+STEPPED = ("ppo", RLOO)  # those that keep adapters of their steps
+STAGED = ("sft", *TRAINED, RLOO, ILQL)  # policies of stages of the plan
 STEP = "step_"  # folders of kept adapters: checkpoints/step_00008
 NAMED = re.compile(r"(?P<name>[^/=:@\[\]]+)=(?P<rest>.+)")
 ONE_STEP = re.compile(r"(?P<who>.+)@(?P<step>\d+)")
+BEST_OF = re.compile(r"(?P<who>.+):best_of_(?P<n>\d+)")
+BETA = re.compile(r"(?P<who>.+):beta_(?P<beta>\d+(?:\.\d+)?)")
 
 
 class Entry(NamedTuple):
@@ -40,6 +45,14 @@ class Entry(NamedTuple):
     name: str | None
     who: str  # PLAIN, one of STAGED, a folder or a URI
     step: int | None
+    best_of: int | None = None
+    beta: float | None = None
+
+    @property
+    def how(self) -> str:
+        """How it is decoded, as it is written; "" for plain samples."""
+        beta = "" if self.beta is None else f":beta_{self.beta:g}"
+        return beta + ("" if self.best_of is None else f":best_of_{self.best_of}")
 
     @property
     def key(self) -> str:
@@ -62,9 +75,19 @@ def _entry(place: int, text: str) -> Entry:
     name, who, step = None, text, None
     if found := NAMED.fullmatch(who):
         name, who = found["name"].strip(), found["rest"].strip()
-    if (found := ONE_STEP.fullmatch(who)) and not Path(who).expanduser().is_dir():
+    best_of, beta = None, None
+    if (found := BEST_OF.fullmatch(who)) and not _there(who):
+        who, best_of = found["who"], int(found["n"])
+    if (found := BETA.fullmatch(who)) and not _there(who):
+        who, beta = found["who"], float(found["beta"])
+    if (found := ONE_STEP.fullmatch(who)) and not _there(who):
         who, step = found["who"], int(found["step"])
-    return Entry(place, text, name, who, step)
+    return Entry(place, text, name, who, step, best_of, beta)
+
+
+def _there(who: str) -> bool:
+    """Whether this is a folder of that very name."""
+    return Path(who).expanduser().is_dir()
 
 
 def roles(evaluation: Evaluation) -> tuple[str, ...]:
@@ -85,18 +108,32 @@ def locate(role: str, config: EvalRun, tracking: Tracking, output_dir: str) -> t
             did_you_mean(entry.who, known) or f"; choose {', '.join(known)}, a folder, or runs:/ID/{ADAPTER}"
         )
         raise InputError(f"{entry.key}={entry.text}: there is no such policy or folder{hint}")
-    folder = adapters.locate("ppo", entry.who, tracking, output_dir, entry.key)
+    stage = "ppo" if entry.beta is None else ILQL
+    folder = adapters.locate(stage, entry.who, tracking, output_dir, entry.key)
     record = record_of(folder)
     if record.get("stage") == "reward" or (not record and (folder / HEAD_FILE).is_file()):
         raise InputError(f"{entry.key}={entry.text} is a reward model, which answers nothing: name a policy")
+    with_q = record.get("stage") == ILQL or (folder / ILQL / HEADS_FILE).is_file()
+    if with_q and entry.beta is None:
+        raise InputError(
+            f"{entry.key}={entry.text} is a run of ilql, which decodes by beta (Q - V): say by which beta, "
+            f"{entry.text}:beta_4 (beta_0: its policy without Q)"
+        )
+    if entry.beta is not None and not (folder / ILQL / HEADS_FILE).is_file():
+        raise InputError(
+            f"{entry.key}={entry.text}: beta is of a run of ilql, this has no Q: leave :beta_{entry.beta:g} out"
+        )
     return folder, entry.key
 
 
 def names(evaluation: Evaluation, folders: Mapping[str, Path]) -> dict[int, str]:
-    """What each entry is called, by its place; folders: of the roles that are given. Two never have one name."""
+    """What each entry is called, by its place, without step and `how`; folders: of the roles that are given.
+
+    Two never have one name.
+    """
     read = entries(evaluation)
     found = {entry.place: name_of(entry, folders.get(entry.role or "")) for entry in read}
-    shown = [(found[entry.place], entry.step) for entry in read]
+    shown = [(found[entry.place], entry.step, entry.how) for entry in read]
     for entry in read:
         if shown.count(shown[entry.place]) > 1 and entry.name is None and entry.role not in (None, *STAGED):
             found[entry.place] += f" ({entry.who})"
@@ -145,7 +182,7 @@ def fingerprints(evaluation: Evaluation, folders: Mapping[str, Path]) -> dict[st
     """What of eval.policies decides the result besides the parents' content: who, which step, which name."""
     called = names(evaluation, folders)
     return {
-        entry.key: f"{entry.role} {'' if entry.step is None else entry.step} {called[entry.place]}"
+        entry.key: f"{entry.role} {'' if entry.step is None else entry.step} {called[entry.place]}{entry.how}"
         for entry in entries(evaluation)
     }
 
@@ -178,12 +215,23 @@ def problems(evaluation: Evaluation) -> list[str]:
             found.append(
                 f"{entry.key}={entry.text}: data is the row of the data's own answers: choose another name"
             )
-        elif entry.step is not None and entry.who in (PLAIN, *(s for s in STAGED if s != "ppo")):
+        elif entry.step is not None and entry.who in (PLAIN, *(s for s in STAGED if s not in STEPPED)):
             found.append(
                 f"{entry.key}={entry.text}: only PPO keeps adapters of its steps: leave @{entry.step} out"
             )
+        elif entry.best_of is not None and entry.best_of < 2:
+            found.append(
+                f"{entry.key}={entry.text}: the best of {entry.best_of} is of two answers at least: leave "
+                f":best_of_{entry.best_of} out"
+            )
+        elif entry.who == ILQL and entry.beta is None:
+            found.append(
+                f"{entry.key}={entry.text}: ilql decodes by beta (Q - V): say by which beta, {entry.text}:beta_4"
+            )
+        elif entry.beta is not None and entry.who in (PLAIN, *(s for s in STAGED if s != ILQL)):
+            found.append(f"{entry.key}={entry.text}: beta is of ilql: leave :beta_{entry.beta:g} out")
     for what, value in (
-        ("policy", lambda entry: (entry.who, entry.step)),
+        ("policy", lambda entry: (entry.who, entry.step, entry.how)),
         ("name", lambda entry: entry.name),
     ):
         values = [value(entry) for entry in read]

@@ -28,7 +28,7 @@ from rlhf_exp.rewards.source import by_gold, score
 from rlhf_exp.rollout.engine import Rollout, generate, judged, spoken
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import PPORun
-from rlhf_exp.stages import checkpoint, faults, references, selfcheck
+from rlhf_exp.stages import checkpoint, faults, microbatch, references, selfcheck
 from rlhf_exp.stages.actions import Watch
 from rlhf_exp.stages.actors import EMA, Actors, build_actors
 from rlhf_exp.stages.checkpoint import Checkpoint, Keeper
@@ -79,12 +79,13 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
     faults.require_effect(config, context.adapter("sft") is not None)
     faults.announce(config.ppo)
     torch.manual_seed(config.seed)
-    ppo = config.ppo
     prompts, tokens = context.read(config.dataset, "prompts", "train")
+    config = microbatch.settle(config, context, tokens.prompts)
+    ppo = config.ppo
     demonstrations = Demonstrations.load(config, context)
-    with Roles(context.base) as roles:
+    with Roles(context.base, config.memory.gradient_checkpointing) as roles:
         actors = build_actors(config, context, roles)
-        optimizer = adamw(actors.groups(ppo), config.optim)
+        optimizer = adamw(actors.groups(ppo), config.optim, config.strategy)
         scheduler = schedule(optimizer, config.optim, ppo.steps)
         found = checkpoint.newest(context)
         carried = carried_from(found, config, context, demonstrations)
@@ -241,13 +242,17 @@ def score_answers(
         faults.scored_ids(ppo, actors.base.tokenizer, judged(rollout)),
         ppo.micro_batch_size,
         seen,
+        ppo.micro_batch_tokens,
     )
     scores = faults.scores(ppo, torch.tensor(found, device=actors.base.device))
     figures = {"objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0)}
     if source.gold != NONE:
-        asked, size = [str(prompt.prompt) for prompt in prompts], ppo.micro_batch_size
+        asked, limits = (
+            [str(prompt.prompt) for prompt in prompts],
+            (ppo.micro_batch_size, ppo.micro_batch_tokens),
+        )
         gold = by_gold(
-            source.gold, actors.roles, actors.reward_heads, rollout.prompts, judged(rollout), asked, size
+            source.gold, actors.roles, actors.reward_heads, rollout.prompts, judged(rollout), asked, *limits
         )
         figures["objective/gold"] = sum(gold) / len(gold)
     return scores, {name: float(value) for name, value in (figures | seen).items()}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rlhf_exp import distributed
 from rlhf_exp.data.encode import encode_prompts
 from rlhf_exp.data.load import check_view
 from rlhf_exp.data.templates import frame
@@ -25,6 +26,8 @@ from rlhf_exp.schema import (
     PreferRun,
     ProbeRun,
     RewardRun,
+    RFTRun,
+    Run,
     data_views,
     labelled,
 )
@@ -33,10 +36,11 @@ from rlhf_exp.stages.apart import require_apart
 from rlhf_exp.stages.context import MODEL
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.store.preflight import require_space, require_writable
+from rlhf_exp.strategies import require
 
 SPLITS = {"sft": ("train",), "reward": ("train", "validation"), "ppo": ("train",), "eval": ("heldout",)}
 SPLITS |= {"ilql": ("train",), "probe": (), "prefer": ("train", "validation")}
-SPLITS |= {"dpo": ("train", "validation"), "kto": ("train", "validation")}
+SPLITS |= {"dpo": ("train", "validation"), "kto": ("train", "validation"), "rft": ("train",)}
 SPARE = 100e6  # bytes for logs, tables, figures and MLflow's database
 
 
@@ -61,6 +65,7 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
         if node.config is not None:
             yield lambda node=node: data_answers.kind_of(node.config)
         if node.config is not None and not node.found:
+            yield lambda node=node: _ranks(node.config)
             for view in data_views(node.config):
                 yield lambda node=node, view=view: check_view(node.config.dataset, view, SPLITS[node.stage])
             if isinstance(node.config, ProbeRun):
@@ -78,15 +83,43 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
             if isinstance(node.config, ExportRun) and plan.base.folder:
                 yield lambda node=node: exportable(node.config, plan.base.folder)
             yield lambda node=node: functions.check_config(node.config)
+            if hasattr(node.config, "optim") and not planned(plan):
+                yield lambda node=node: quantize.require_moments(node.config.optim, plan.base.device)
             if plan.base.folder:
                 yield lambda node=node: _targets(node, plan)
                 yield lambda node=node: _context(node, plan)
                 yield lambda node=node: _texts(node, plan)
+    yield lambda: _strategy(plan.config)
     yield lambda: require_apart(plan)
     yield lambda: gate.check(plan)
     if plan.base.folder:
         yield lambda: _tokenizer(plan)
+    if not plan.config.dry_run:  # which shows the whole plan
+        yield lambda: _memory(plan)
     yield lambda: require_space(output, disk_needed(plan))
+
+
+def planned(plan: Plan) -> bool:
+    """Whether this is a plan for another kind of device than this machine's."""
+    return plan.config.dry_run and plan.config.memory.device != "auto"
+
+
+def _memory(plan: Plan) -> None:
+    """Weights, gradients and moments have to fit, whatever the data."""
+    from rlhf_exp.stages import memory  # imports this module
+
+    memory.require_weights(plan)
+
+
+def _ranks(config: Run) -> None:
+    """What the strategy needs of a stage."""
+    if problems := list(require.stage_problems(config, distributed.world_size())):
+        raise InputError(problems)
+
+
+def _strategy(config: Run) -> None:
+    if problems := list(require.config_problems(config, distributed.world_size())):
+        raise InputError(problems)
 
 
 def _judge(config: PreferRun, plan: Plan) -> None:
@@ -210,7 +243,7 @@ def _context(node: Node, plan: Plan) -> None:
     """Positions past the model's context would be computed without an error, and wrongly."""
     config, most = node.config, shapes.context_of(plan.base.folder)
     key, answer = "dataset.max_response_tokens", config.dataset.max_response_tokens
-    sampled = isinstance(config, PPORun | EvalRun | ILQLRun | PreferRun)
+    sampled = isinstance(config, PPORun | EvalRun | ILQLRun | PreferRun | RFTRun)
     if sampled and not (_reads_answers(config) and answer > config.generation.max_new_tokens):
         key, answer = "generation.max_new_tokens", config.generation.max_new_tokens
     prompt = config.dataset.max_prompt_tokens

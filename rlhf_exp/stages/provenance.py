@@ -15,18 +15,18 @@ from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt, opening_id
 from rlhf_exp.errors import InputError
+from rlhf_exp.memory import parts
+from rlhf_exp.memory.free import CGROUP, MEMINFO, of_host
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.rollout.engine import Rollout, judged
 from rlhf_exp.schema import VIEW, Dataset, PPORun, Reward
-from rlhf_exp.stages import faults, memory, reward_faults
+from rlhf_exp.stages import faults, memory, microbatch, reward_faults
 from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.adapters import BASE
 from rlhf_exp.stages.context import HEAD_FILE, Context
-from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.store.frozen import CONFIG
 
 ANSWER = "This is a known answer."
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -205,26 +205,22 @@ def overlap(config: PPORun, context: Context, prompts: Sequence[Prompt]) -> Chec
 
 
 def memory_fits(config: PPORun, context: Context, actors: Actors) -> Check:
-    """The memory plan of what is still to come fits into what is free."""
-    base = context.base
-    node = Node("ppo", config, parents={role: Node("reward", None) for role in actors.reward_heads})
-    dtype = str(base.dtype).removeprefix("torch.")
-    plan = Plan(node, [node], BaseFacts(base.path, base.hash, dtype, str(base.device)), config)
-    parts = memory.parts(node, plan) or {}
-    shape = base.model.config.get_text_config()
-    heads, groups = (getattr(shape, f"num_{name}_heads", None) for name in ("attention", "key_value"))
-    if "KV cache" in parts and heads and groups:
-        parts["KV cache"] *= groups / heads  # heads that share keys and values
-    need, free = sum(parts.values()), available(base.device)
-    largest = max(parts, key=lambda part: parts[part], default="nothing")
-    keys = {"KV cache": "ppo.batch_size, generation.max_new_tokens", "activations": "ppo.micro_batch_size"}
+    """The memory plan of what is still to come fits into what is free; base and adapters are there."""
+    facts = microbatch.facts_here(config, context)
+    found = memory.rank_of(config, facts).device
+    phase, need = parts.peak(found)
+    need -= sum(item.bytes for item in found if item.kind == parts.PARAMETERS and item.there(phase))
+    free = available(context.base.device)
     free_text = "unknown" if free is None else memory.gigabytes(free)
+    helps = [
+        f"{lever.setting} (saves {memory.gigabytes(lever.saving)})" for lever in memory.helps(config, facts)
+    ]
     return Check(
         "memory",
         "the memory plan fits",
         free is None or need <= free,
-        f"about {memory.gigabytes(need)} more, free {free_text}",
-        f"most of it is {largest}: lower {keys.get(largest, 'lora.r')}",
+        f"about {memory.gigabytes(need)} more in {phase}, free {free_text}",
+        f"set {' or '.join(helps[:2])}" if helps else "choose a smaller model",
     )
 
 
@@ -233,16 +229,4 @@ def available(device: torch.device) -> float | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
-    found = []
-    try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        pass
-    try:  # a container's limit; pages of files that it has read can be taken back
-        limit, used = (float((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        found.append(limit - used + float(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):  # "max": no limit
-        pass
-    return min(found, default=None)
+    return of_host(MEMINFO, CGROUP)

@@ -60,6 +60,7 @@ class References:
                 [list(ids) for _, ids in new.values()],
                 faults.scored_ids(config.ppo, tokenizer, responses),
                 config.ppo.micro_batch_size,
+                tokens=config.ppo.micro_batch_tokens,
             )
             # as the answers' own scores, or the difference would be of unlike things
             found = faults.scores(config.ppo, torch.tensor(found)).tolist()

@@ -1,7 +1,7 @@
 """What `inputs` of stage=report names: run folders on this disk, or the runs of an MLflow experiment.
 
 A text is, in this order: a run folder; a folder below which run folders are, or the lists that the trials of a sweep
-leave (trial.py); the name of an MLflow experiment, which `mlflow:` before it says outright.
+leave (sweeps/current.py); the name of an MLflow experiment, which `mlflow:` before it says outright.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from rlhf_exp.errors import InputError
 from rlhf_exp.evaluation.trials import EVAL, HELDOUT, LOGGED, NO_POLICY, TRAINING, Row, Trial, rows_of_curve
 from rlhf_exp.schema import ReportRun
-from rlhf_exp.stages import trial
 from rlhf_exp.store.listing import Entry, entry, is_run_folder
 from rlhf_exp.store.manifest import RECORD
 from rlhf_exp.store.runs import FAILED
+from rlhf_exp.sweeps import current
 from rlhf_exp.tracking.experiments import Experiment, Logged, open_experiment, where
 
 EXPERIMENT = "mlflow:"
@@ -82,8 +82,8 @@ def _one(text: str, config: ReportRun) -> Found:
 def _folder(path: Path) -> Found:
     """The run folders below a folder; of a sweep's folder those that its trials list."""
     entries, lost = [entry(run) for run in _runs_below(path)], []
-    for file in sorted(path.rglob(trial.RUNS)):
-        for run in trial.noted(file):
+    for file in sorted(path.rglob(current.RUNS)):
+        for run in current.noted(file):
             if run.is_dir():
                 entries.append(entry(run))
             else:

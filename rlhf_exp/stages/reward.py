@@ -19,9 +19,10 @@ from rlhf_exp.model.base import Base
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.probes import negatives
+from rlhf_exp.progress import Progress
 from rlhf_exp.rewards.pairs import cannot_share, score_pairs
 from rlhf_exp.schema import RewardRun
-from rlhf_exp.stages import checkpoint, probe, reward_eval, reward_faults, supervised
+from rlhf_exp.stages import checkpoint, microbatch, probe, reward_eval, reward_faults, supervised
 from rlhf_exp.stages.centring import center
 from rlhf_exp.stages.context import ADAPTER, HEAD, HEAD_FILE, Context
 from rlhf_exp.stages.margins import margins_of
@@ -51,10 +52,11 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
             )
         tokens[split] = reward_faults.tokenised(config.reward, encoded, base.eos_id)
         pairs[split] = pairs_of(tokens[split])
+    config = microbatch.settle(config, context, *microbatch.parts_of(pairs["train"]))
     steps = supervised.steps_of(config.train, len(pairs["train"]))
     found = checkpoint.newest(context)
     with (
-        Roles(base) as roles,
+        Roles(base, config.memory.gradient_checkpointing) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
         context.log("reward", steps, SHOW, found) as log,
@@ -65,7 +67,7 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         head.bias.requires_grad_(config.reward.center_coef > 0)
         model = RewardModel(roles, head, share=shares(config, base))
         weights = {"reward": roles.parameters("reward"), "head": list(head.parameters())}
-        optimizer = adamw([*weights["reward"], *weights["head"]], config.optim)
+        optimizer = adamw([*weights["reward"], *weights["head"]], config.optim, config.strategy)
         scheduler = schedule(optimizer, config.optim, steps)
         trainer = trainer_of(config, model, pairs["train"], rows["train"], arguments)
         trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
@@ -79,7 +81,9 @@ def run(config: RewardRun, context: Context) -> dict[str, float]:
         scores: list[tuple[float, float]] = []
         if pairs["validation"]:
             size, most = 2 * config.train.micro_batch_size, config.reward.micro_batch_tokens
-            scores = score_pairs(roles, "reward", head, pairs["validation"], size, most, model.share)
+            with Progress("score", len(pairs["validation"])) as shown:
+                given = pairs["validation"], size, most, model.share
+                scores = score_pairs(roles, "reward", head, *given, lambda done: shown.update(done, {}))
             metrics = reward_eval.publish(context, rows["validation"], scores)
             log.samples(steps, reward_eval.samples(rows["validation"], scores))
         with context.folder.publish(ADAPTER) as folder:
@@ -110,6 +114,7 @@ def trainer_of(
         model=model,
         args=supervised.on_one_device(TrainingArguments(**arguments)),
     )
+    trainer.in_shards = model.in_shards
     supervised.without_printing(trainer)
     return trainer
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from rlhf_exp import distributed
 from rlhf_exp.data.load import statistics
 from rlhf_exp.model.quiet import no_progress_bars
 from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.rollout.engine import generate
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, SFTRun
-from rlhf_exp.stages import checkpoint, supervised
+from rlhf_exp.stages import checkpoint, microbatch, supervised
 from rlhf_exp.stages.context import ADAPTER, MODEL, Context
 from rlhf_exp.stages.optim import adamw, schedule
 
@@ -49,22 +50,28 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
         input_ids=[prompt + response for prompt, response in pairs],
         labels=[[IGNORED] * len(prompt) + response for prompt, response in pairs],
     )
+    config = microbatch.settle(config, context, rows.prompts, rows.answers["response"])
     steps = supervised.steps_of(config.train, len(records))
     found = checkpoint.newest(context)
     with (
-        Roles(base) as roles,
+        Roles(base, config.memory.gradient_checkpointing) as roles,
         supervised.as_before(base),
         supervised.trainer_arguments(config, base, steps) as arguments,
         context.log("sft", steps, SHOW, found) as log,
     ):
         role = BASE if config.lora.full else "policy"
         weights = trainable(config, base, roles)
-        optimizer = adamw(weights, config.optim)
+        optimizer = adamw(weights, config.optim, config.strategy)
         scheduler = schedule(optimizer, config.optim, steps)
+        kind = SFTTrainer
+        if distributed.world_size() > 1:  # a batch is a step, of which each rank takes its rows
+            from rlhf_exp.stages.sft_steps import SFTSteps as kind
+
+            arguments |= supervised.a_batch_a_step(config.train)
         # max_length: the templates cut, and count what they cut
         arguments = supervised.on_one_device(SFTConfig(**arguments, max_length=None, pad_to_multiple_of=None))
         with roles.use(role):
-            trainer = SFTTrainer(
+            trainer = kind(
                 model=base.model,
                 args=arguments,
                 train_dataset=data,
@@ -72,6 +79,7 @@ def run(config: SFTRun, context: Context) -> dict[str, float]:
                 optimizers=(optimizer, scheduler),
                 callbacks=[supervised.LogTo(log, NAMES)],
             )
+            trainer.size, trainer.in_shards = config.train.micro_batch_size, base.in_shards
             supervised.without_printing(trainer)
             parts = {"policy": weights}, optimizer, scheduler
             loss = supervised.train(trainer, parts, context, log, steps, found)

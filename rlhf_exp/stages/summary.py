@@ -48,6 +48,13 @@ FIGURES = {
     ),
     "dpo": POLICY_FIGURES,
     "kto": POLICY_FIGURES,
+    "rft": (
+        ("train/loss", "loss"),
+        ("rft/score", "score"),
+        ("rft/kept_score", "of the best"),
+        ("rft/kept", "answers learned"),
+        ("rft/answers", "of"),
+    ),
     "ilql": (
         ("eval/best_reward", "reward"),
         ("eval/best_beta", "at beta"),

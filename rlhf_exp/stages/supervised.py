@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from rlhf_exp import distributed
 from rlhf_exp.model.base import Base
+from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import DPORun, KTORun, RewardRun, SFTRun, Train
 from rlhf_exp.stages import checkpoint
 from rlhf_exp.stages.checkpoint import Checkpoint, Keeper
@@ -56,6 +58,11 @@ def trainer_arguments(
             "dataloader_pin_memory": base.device.type == "cuda",
             "remove_unused_columns": False,
         }
+
+
+def a_batch_a_step(train: Train) -> dict[str, int]:
+    """Of trainer_arguments, where the trainer takes a batch apart by itself."""
+    return {"per_device_train_batch_size": train.batch_size, "gradient_accumulation_steps": 1}
 
 
 def on_one_device(arguments: Any) -> Any:
@@ -104,6 +111,14 @@ class GoOn(TrainerCallback):
         self.trainer._initial_global_step = 0
 
 
+class DrawByRank(TrainerCallback):
+    """Each rank draws its own dropout, from the seed and the step: a resume draws the same."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        key = row_key(args.seed, state.global_step, distributed.rank())
+        torch.manual_seed(key % 2**63)
+
+
 Parts = tuple[Mapping[str, Sequence[Tensor]], torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -126,6 +141,8 @@ def train(trainer: Any, parts: Parts, context: Context, log: RunLog, steps: int,
     if found.step < steps:
         with Keeper(context, steps, log, snapshot) as keeper:
             trainer.add_callback(AfterLog(keeper))
+            if distributed.world_size() > 1:
+                trainer.add_callback(DrawByRank())
             trainer.train(resume_from_checkpoint=trainer.args.output_dir if found.step else None)
         total = trainer._total_loss_scalar
     return total / steps

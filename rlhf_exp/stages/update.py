@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_exp import distributed
 from rlhf_exp.algorithms.kl import kl_divergence_estimate
 from rlhf_exp.algorithms.masked import masked_sum, sequence_weights
 from rlhf_exp.algorithms.ppo import policy_loss, value_loss
@@ -53,6 +54,7 @@ def update(
             continue
         if demonstrations is not None and not critic_only:
             found["ptx/loss"] = accumulate_ptx(ppo, actors, state, demonstrations, minibatch)
+        distributed.sum_gradients(actors.trainable())
         norms = clip_gradients(actors, faults.max_grad_norm(ppo, config.optim.max_grad_norm))
         if not all(
             map(math.isfinite, norms.values())
@@ -112,16 +114,19 @@ def accumulate(
     sequences = torch.tensor(len(rows), device=experience.mask.device)
     denominator = experience.mask[rows].sum() if config.ppo.loss_mean == "token" else sequences
     found: dict[str, float] = {"policy/ratio_max": 0.0}
-    first = experience.take_first(minibatch, state_of(actors))
-    for rows in minibatch:
+    first = experience.take_first(distributed.mine(minibatch), state_of(actors))
+    for rows, counts in distributed.turns(minibatch, actors.base.in_shards):
         loss, shares, ratio_max = loss_of(
             config, actors, rollout, experience, rows, denominator, critic_only, first
         )
-        loss.backward()
+        (loss if counts else 0 * loss).backward()
+        if not counts:
+            continue
         for name, share in shares.items():
             found[name] = found.get(name, 0.0) + float(share)
         found["policy/ratio_max"] = max(found["policy/ratio_max"], float(ratio_max))
-    return found
+    highest = distributed.highest(found.pop("policy/ratio_max"))
+    return {"policy/ratio_max": highest} | distributed.add(found)
 
 
 def accumulate_ptx(
@@ -131,10 +136,10 @@ def accumulate_ptx(
     size = max(1, round(ppo.ptx_ratio * sum(map(len, minibatch))))
     total = 0.0
     rows = demonstrations.batch(state.updates, size)
-    for loss in ptx.losses(actors, demonstrations, rows, ppo.micro_batch_size):
+    for loss in ptx.losses(actors, demonstrations, rows, ppo.micro_batch_size, ppo.micro_batch_tokens):
         (ppo.ptx_coef * loss).backward()
         total += float(loss.detach())
-    return total
+    return distributed.add({"loss": total})["loss"]
 
 
 def loss_of(

@@ -21,6 +21,7 @@ from rlhf_exp.store.runs import RunFolder
 
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
+COMMIT = "commit.json"  # beside a package that a sweep has frozen: the git state of what it was copied from
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"),
     *("hydra-core", "omegaconf", "mlflow", "filelock", "vaderSentiment"),
@@ -46,10 +47,10 @@ def config_text(config: Any, argv: Sequence[str]) -> str:
 
 def _command(argv: Sequence[str]) -> str:
     # a newline in an argument would end the comment line
-    return _without_password(shlex.join(["python", "-m", "rlhf_exp", *argv])).replace("\n", "\\n")
+    return without_password(shlex.join(["python", "-m", "rlhf_exp", *argv])).replace("\n", "\\n")
 
 
-def _without_password(text: str) -> str:
+def without_password(text: str) -> str:
     """A tracking server's URI may carry a password, and run folders are shared."""
     return re.sub(r"(://[^/:@\s]*:)[^/@\s]+@", r"\1***@", text)
 
@@ -59,7 +60,7 @@ def _masked(value: Any) -> Any:
         return {name: _masked(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_masked(item) for item in value]
-    return _without_password(value) if isinstance(value, str) else value
+    return without_password(value) if isinstance(value, str) else value
 
 
 def versions(argv: Sequence[str]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def versions(argv: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "command": _command(argv),
-        "argv": [_without_password(argument) for argument in argv],
+        "argv": [without_password(argument) for argument in argv],
     }
 
 
@@ -108,6 +109,8 @@ def git_state(package: Path) -> dict[str, Any] | None:
     counts. dirty: the code or its configs (the package, conf/ and launchers/ beside it) differ from the
     commit.
     """
+    if (package.parent / COMMIT).is_file():
+        return json.loads((package.parent / COMMIT).read_text(encoding="utf-8"))
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = _git(package, "rev-parse", "HEAD")

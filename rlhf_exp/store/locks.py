@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp import distributed
 from rlhf_exp.store import atomic
 from rlhf_exp.store.runs import now
 
@@ -100,6 +101,9 @@ def build_lock(
     """
     from filelock import FileLock, Timeout
 
+    if not distributed.is_main():  # rank 0 has it for all
+        yield
+        return
     folder = Path(folder_path).absolute()
     _lock_path(folder).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_path(folder))

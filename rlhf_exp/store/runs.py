@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from rlhf_exp import __version__
+from rlhf_exp import __version__, distributed
 from rlhf_exp.store import atomic, manifest, states
 from rlhf_exp.store.manifest import MANIFEST, RECORD, CorruptArtifact
 
@@ -53,7 +54,10 @@ def plain(value: Any) -> Any:
 
 
 class RunFolder:
-    """One run on the disk. Every change is atomic; one process writes (`build_lock`), any may read."""
+    """One run on the disk. Every change is atomic; one process writes (`build_lock`), any may read.
+
+    Of several ranks that train together rank 0 writes; with the others all that writes does nothing.
+    """
 
     def __init__(self, path: str | Path, stage: str | None = None, key: str | None = None):
         """`stage` and `key` (64 hex digits) are needed only for a run that has no run.json yet."""
@@ -105,6 +109,8 @@ class RunFolder:
         inputs: {"base": {name, hash, dtype}, "data": {view: fingerprint}, "parents": {role: {stage, key,
         path}}}.
         """
+        if not distributed.is_main():
+            return
         record = self.read()
         if record.get("status") == FINISHED:
             raise RuntimeError(f"{self.path} is finished; find() returns it, resume=never makes another")
@@ -132,6 +138,8 @@ class RunFolder:
         Then the checkpoints go.
         From here on the files that the manifest lists stay as they are.
         """
+        if not distributed.is_main():
+            return
         digest = manifest.write(self.path)
         self._end(status=FINISHED, metrics=metrics, manifest=digest)
         states.remove(self.path)  # only now: until here they are what a crash continues from
@@ -171,17 +179,25 @@ class RunFolder:
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
         """Yield a temporary folder that becomes (or replaces) `name` in the run, whole or not at all."""
+        if not distributed.is_main():
+            with TemporaryDirectory() as nowhere:
+                yield Path(nowhere)
+            return
         self._refuse_listed(name)
         with atomic.new_folder(self.path / name) as folder:
             yield folder
 
     def discard(self, name: str) -> None:
         """Delete a published folder, e.g. the optimiser's state before finish(); none is no error."""
+        if not distributed.is_main():
+            return
         self._refuse_listed(name)
         if (self.path / name).is_dir():
             atomic.remove_folder(self.path / name)
 
     def _write(self, name: str, content: bytes) -> None:
+        if not distributed.is_main():
+            return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf_exp import distributed
 from rlhf_exp.schema import Tracking
 from rlhf_exp.tracking.location import how_to_open, tracking_uri
 from rlhf_exp.tracking.null import NullTracker
@@ -40,7 +41,7 @@ def open_tracker(
     is an InputError here, before anything expensive starts; once a run is open, trouble with the store never
     raises.
     """
-    if tracking.backend == "none":
+    if tracking.backend == "none" or not distributed.is_main():
         return NullTracker()
     from rlhf_exp.tracking.mlflow_store import open_run
 
@@ -49,7 +50,7 @@ def open_tracker(
 
 def require_store(tracking: Tracking, output_dir: Path | str) -> None:
     """InputError, within seconds, unless runs can be opened; an own database is made if it is not there."""
-    if tracking.backend != "none":
+    if tracking.backend != "none" and distributed.is_main():
         from rlhf_exp.tracking.mlflow_store import require_store
 
         require_store(tracking, Path(output_dir))

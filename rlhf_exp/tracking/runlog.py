@@ -19,6 +19,8 @@ SAMPLE_ROWS = 2000  # the tracker's table holds the latest of them; samples.json
 
 
 class _Shows(Protocol):
+    total: int
+
     def update(self, step: int, metrics: Mapping[str, object]) -> None: ...
     def finish(self) -> None: ...
 
@@ -48,6 +50,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._tracker, self._progress, self._hold = tracker, progress, hold
         self._held: list[tuple[int, dict[str, object]]] = []
+        self.latest: dict[str, object] = {}  # the numbers of the last step
         # the last step that the tracker was told, and that its store has
         self._tracked, self._arrived = NONE, NONE
         if position is not None:
@@ -63,7 +66,7 @@ class RunLog:
 
     def step(self, step: int, metrics: Mapping[str, object]) -> None:
         """Log the numbers (also 0-dimensional tensors) of one step."""
-        plain = {key: _plain(value) for key, value in metrics.items()}
+        self.latest = plain = {key: _plain(value) for key, value in metrics.items()}
         _write(self._metrics, {"step": int(step), **plain})
         self._held.append((int(step), plain))
         if not self._hold:
@@ -80,6 +83,11 @@ class RunLog:
         self._rows = self._rows[-SAMPLE_ROWS:]
         if rows:
             self._tracker.table("samples", self._rows)
+
+    def expect(self, steps: int) -> None:
+        """How many steps there will be in all, once that is known better."""
+        if self._progress is not None:
+            self._progress.total = steps
 
     def finish_steps(self) -> None:
         """No step comes any more: what is shown of them ends. Samples may still come."""

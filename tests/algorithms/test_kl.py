@@ -5,7 +5,7 @@ import scipy.special
 import torch
 from torch.testing import assert_close
 
-from rlhf_exp.algorithms.kl import full_kl, kl_divergence_estimate, kl_rewards, next_kl_coef
+from rlhf_exp.algorithms.kl import best_of_n_kl, full_kl, kl_divergence_estimate, kl_rewards, next_kl_coef
 from rlhf_exp.algorithms.logprob import token_logprobs
 
 NAN = math.nan
@@ -218,3 +218,31 @@ def test_one_step_cannot_take_the_coefficient_below_0():
 def test_target_and_horizon_must_be_positive(target, horizon):
     with pytest.raises(ValueError, match="must be positive"):
         next_kl_coef(0.1, 1.0, target, horizon, 1)
+
+
+# ---------------------------------------------------------------- best of n
+
+
+def best_of_n_exactly(n: int, outcomes: int) -> float:
+    """KL(best of n || uniform) of equally probable outcomes with different scores, from the definition."""
+    total = 0.0
+    for i in range(1, outcomes + 1):
+        chance = (i / outcomes) ** n - ((i - 1) / outcomes) ** n  # that the highest of n is the i-th
+        total += chance * math.log(chance * outcomes)
+    return total
+
+
+def test_best_of_n_by_hand():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(2) == pytest.approx(math.log(2) - 0.5)
+    assert best_of_n_kl(16) == pytest.approx(2.7725887 - 15 / 16)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of_n_kl(0)
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_best_of_n_is_exact_for_improbable_answers_and_else_a_bound(n):
+    assert best_of_n_kl(n) == pytest.approx(best_of_n_exactly(n, 200_000), abs=1e-3)
+    for outcomes in (1, 2, 5, 20):
+        assert best_of_n_kl(n) >= best_of_n_exactly(n, outcomes)
+    assert best_of_n_kl(n) > best_of_n_exactly(n, 2) + 0.01

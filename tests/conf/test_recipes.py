@@ -16,7 +16,7 @@ from rlhf_exp.paths import conf_dir
 from rlhf_exp.stages.plan import needs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-OWN = {"quickstart", "smoke", "post_mortem"}  # ours, not published by anybody
+OWN = {"quickstart", "smoke", "post_mortem", "best_of_all"}  # ours, not published by anybody
 EXPERIMENTS = sorted({path.stem for path in (conf_dir() / "experiment").glob("*.yaml")} - OWN)
 PAGES = sorted(path for path in (DOCS / "recipes").glob("*.md") if path.name != "README.md")
 PROGRAM = ["python", "-m", "rlhf_exp"]

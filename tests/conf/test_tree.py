@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_exp import compose, conftree, schema, sweep
+from rlhf_exp import compose, conftree, schema
 from rlhf_exp.errors import InputError
 from rlhf_exp.paths import conf_dir
+from rlhf_exp.sweeps import plan as sweep
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 TREE = {
@@ -38,6 +39,10 @@ GROUPS = {
     },
     "dpo": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
     "kto": {"model", "lora", "dataset", "dataset/template", "strategy", "tracking"},
+    "rft": {
+        *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
+        *("generation", "reward_source"),
+    },
     "eval": {
         *("model", "lora", "dataset", "dataset/template", "strategy", "tracking"),
         *("generation", "reward_source"),
@@ -58,6 +63,7 @@ CLASSES = {
     "ilql": schema.ILQLRun,
     "dpo": schema.DPORun,
     "kto": schema.KTORun,
+    "rft": schema.RFTRun,
     "eval": schema.EvalRun,
     "export": schema.ExportRun,
     "report": schema.ReportRun,
@@ -181,7 +187,7 @@ def test_the_first_line_of_an_experiment_runs_it(experiment):
 def test_an_experiment_and_all_it_stands_on(experiment):
     written = yaml.safe_load((conf_dir() / f"experiment/{experiment}.yaml").read_text())
     run, choices = compose.compose([f"experiment={experiment}"])
-    assert run.stage in ("pipeline", "ilql")
+    assert run.stage in ("pipeline", "ilql", "eval")
     for section in ("ppo", "ilql", "generation", "optim"):
         for key, value in written.get(section, {}).items():
             found = getattr(getattr(run, section), key)
@@ -192,7 +198,7 @@ def test_an_experiment_and_all_it_stands_on(experiment):
         for key, value in written["upstream"].get(stage, {}).get("train", {}).items():
             found = getattr(child.train, key)
             assert found == (float(value) if isinstance(found, float) else value)
-    if run.stage == "ilql":
+    if run.stage in ("ilql", "eval"):
         return
     assert compose.upstream("ppo", run, choices)[0].ppo == run.ppo
     assert compose.upstream("eval", run, choices)[0].eval == run.eval
@@ -201,13 +207,15 @@ def test_an_experiment_and_all_it_stands_on(experiment):
 @pytest.mark.parametrize(
     ("option", "stages", "trials"),
     [
-        ("kl", ["ppo", "pipeline"], 5),
-        ("lr", ["sft", "reward", "ppo", "ilql", "dpo", "kto", "pipeline"], 4),
-        ("sampling", ["prefer", "ppo", "ilql", "eval", "pipeline"], 4),
+        ("kl", ["ppo", "pipeline"], 9),
+        ("lr", ["sft", "reward", "ppo", "ilql", "dpo", "kto", "rft", "pipeline"], 4),
+        ("sampling", ["prefer", "ppo", "ilql", "rft", "eval", "pipeline"], 8),
+        ("kl_lr", ["ppo", "pipeline"], 9),
+        ("seeds", [stage for stage in schema.STAGES if stage != "report"], 5),
     ],
 )
 def test_a_sweep_needs_no_flag_and_knows_its_stages(option, stages, trials):
-    assert set(TREE["sweep"]) == {"kl", "lr", "sampling"}
+    assert set(TREE["sweep"]) == {"kl", "lr", "sampling", "kl_lr", "seeds"}
     for stage in schema.STAGES:
         words = [f"stage={stage}", f"sweep={option}"]
         if stage not in stages:

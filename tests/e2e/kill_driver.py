@@ -19,8 +19,11 @@ from pathlib import Path
 
 # kind -> what is watched: a function of a module, or a method of one of its classes
 WATCHED = {
-    "rollout": ["rlhf_exp.stages.ppo.generate"],
-    "scoring": ["rlhf_exp.stages.ppo.score", "rlhf_exp.stages.ppo.prepare", "rlhf_exp.stages.sft.samples"],
+    "rollout": ["rlhf_exp.stages.ppo.generate", "rlhf_exp.stages.evaluate.generate"],
+    "scoring": [
+        *("rlhf_exp.stages.ppo.score", "rlhf_exp.stages.ppo.prepare", "rlhf_exp.stages.sft.samples"),
+        "rlhf_exp.stages.selection.score",
+    ],
     "update": ["torch.optim.AdamW.step", "torch.nn.utils.clip_grad_norm_", "torch.Tensor.backward"],
     "log": [
         "rlhf_exp.tracking.RunLog.step",

@@ -42,12 +42,26 @@ STAGES = {
     # 20 pairs: the last batch of an epoch is a small one
     "dpo": ("stage=dpo", "adapters.sft=base", *LORA, TRAIN, "dataset.limit=20"),
     "kto": ("stage=kto", "adapters.sft=base", *LORA, TRAIN, "dataset.limit=20"),
+    # two rounds of one part each: killed while it samples and while it learns
+    "rft": (
+        *(
+            "stage=rft",
+            "adapters.sft=base",
+            "reward_source=length",
+            "lora.r=4",
+            "generation.max_new_tokens=4",
+        ),
+        *(
+            "rft={samples: 3, prompts: 6, rounds: 2, pool: union}",
+            "train={epochs: 1, batch_size: 4, micro_batch_size: 2}",
+        ),
+    ),
     "ilql": (
         *("stage=ilql", "adapters.sft=base", "reward_source=length", "lora.r=4", TRAIN),
         *("ilql={betas: [1], eval_prompts: 2}", "generation.max_new_tokens=4"),
     ),
 }
-POINTS = {"ppo": 20, "sft": 6, "reward": 6, "full": 3, "ilql": 5, "dpo": 3, "kto": 3}
+POINTS = {"ppo": 20, "sft": 6, "reward": 6, "full": 3, "rft": 6, "ilql": 5, "dpo": 3, "kto": 3}
 KINDS = ("rollout", "scoring", "update", "log", "mlflow", "disk")
 CLOCK = ("time/", "tokens_per_second")
 

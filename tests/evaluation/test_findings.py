@@ -83,3 +83,12 @@ def test_steps_with_nan_are_counted(evaluation, curves):
     assert "2 PPO steps logged values that are not finite, the first at step 5." in warnings(
         evaluation["policies"], curves
     )
+
+
+def test_a_verdict_on_best_of_n_says_that_its_kl_is_a_bound(evaluation):
+    end = last(evaluation)
+    evaluation["policies"] = [evaluation["policies"][0], end]
+    end |= {"name": "sft:best_of_4", "step": None, "best_of": 4, "bounds": ["kl"]}
+    said = verdict(evaluation["policies"])
+    assert said.startswith("With sft:best_of_4 the gold score ")
+    assert "at a KL of at most 7.0 nats from SFT." in said

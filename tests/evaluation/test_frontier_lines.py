@@ -8,11 +8,11 @@ import math
 
 import pytest
 
-from rlhf_exp.evaluation.comparison import groups
+from rlhf_exp.evaluation.comparison import Group, groups
 from rlhf_exp.evaluation.frontier import Fit, Point
 from rlhf_exp.evaluation.frontier_lines import fitted, pictures
 from rlhf_exp.evaluation.frontier_tables import as_csv, tables
-from rlhf_exp.evaluation.trials import HELDOUT, TRAINING, read
+from rlhf_exp.evaluation.trials import HELDOUT, TRAINING, Row, Trial, read
 from rlhf_exp.schema import Report
 from rlhf_exp.store.listing import scan
 from tests.evaluation.run_folders import held_out, write_eval, write_ppo, write_sweep
@@ -209,3 +209,46 @@ def test_csv_reads_back(made):
 def test_a_text_is_no_formula_of_a_spreadsheet(text):
     assert as_csv([{"a": text, "b": -1.5}]).splitlines()[1].startswith(("'", "\"'"))
     assert as_csv([{"a": text, "b": -1.5}]).endswith(",-1.5\n")
+
+
+# ---------------------------------------------------------------- best of n
+
+
+def of_best(seed: int, scores: dict[int, float]) -> Trial:
+    """An evaluation's best-of-n: (n: score), at the KL that is log n - (n - 1) / n."""
+    rows = [Row("sft", 0.0, {"kl": 0.0, "gold": 0.0})]
+    for n, score in scores.items():
+        kl = math.log(n) - (n - 1) / n
+        rows.append(Row(f"sft:best_of_{n}", float(n), {"kl": kl, "gold": score}, bound=True))
+    found = Trial(f"eval/{seed}:sft:best_of", "eval", str(seed), "FINISHED", str(seed), config={"seed": seed})
+    found.rows[HELDOUT] = rows
+    return found
+
+
+def test_seeds_of_best_of_n_are_one_line_whose_kl_is_a_bound():
+    trials = [of_best(0, {2: 0.2, 4: 0.4, 8: 0.5, 16: 0.55}), of_best(1, {2: 0.3, 4: 0.4, 8: 0.6, 16: 0.65})]
+    (picture,) = pictures([Group("best", trials)], Report(objectives=["gold"], fit="rl"))
+    (line,) = picture.lines
+    assert [(p.name, p.bound) for p in line.paths[0]] == [
+        ("step 0", False),
+        *((f"sft:best_of_{n}", True) for n in (2, 4, 8, 16)),
+    ]
+    assert [p.score for p in line.paths[0]] == pytest.approx([0, 0.25, 0.4, 0.55, 0.6])
+    assert line.fit.form == "bon", "its law is another than that of RL, whatever is asked for"
+    assert [spot.point.name for spot in picture.pareto][-1] == "sft:best_of_16"
+
+
+def test_no_law_is_drawn_where_none_is_asked_for():
+    (picture,) = pictures(
+        [Group("best", [of_best(0, {2: 0.2, 4: 0.4, 8: 0.5, 16: 0.55})])],
+        Report(objectives=["gold"], fit="none"),
+    )
+    assert isinstance(picture.lines[0].fit, str)
+
+
+def test_a_bound_is_of_the_kl_and_of_no_other_axis():
+    trial = of_best(0, {2: 0.2})
+    for row in trial.rows[HELDOUT]:
+        row.metrics["length"] = 5.0
+    (picture,) = pictures([Group("best", [trial])], Report(objectives=["gold"], kl="length"))
+    assert not any(p.bound for _, points in picture.lines[0].members for p in points)

@@ -161,3 +161,13 @@ def test_wide_characters_keep_the_columns(evaluation):
     lines = shown(samples_table(evaluation, 1))
     assert all(cell_len(line) <= 80 for line in lines)
     assert sum("汤" in line for line in lines) >= 2
+
+
+def test_a_kl_that_is_a_bound_says_so(evaluation):
+    evaluation["policies"][-1] |= {"bounds": ["kl"], "best_of": 4, "step": None}
+    lines = shown(summary_table(evaluation))
+    assert row(lines, "ppo@24")[-5:] == ["≤7.0", "12.0", "0.75", "0%", "97%"]
+    assert row(lines, "sft")[5] == "0.0"
+    assert all(cell_len(line) <= 80 for line in lines)
+    del evaluation["policies"][-1]["metrics"]["kl"]
+    assert "≤" not in "\n".join(shown(summary_table(evaluation)))

@@ -166,3 +166,98 @@ def test_the_digest_follows_what_is_read_and_nothing_else(root):
         path.write_text(path.read_text() + "\n")
         assert digest() != before, path.name
         before = digest()
+
+
+# ---------------------------------------------------------------- best of n, betas, several stages
+
+
+def write_policies(folder, *policies: dict) -> None:
+    """eval.json of policies; kl and gold are metrics."""
+    rows = [
+        {"step": None, **policy, "metrics": {"kl": float(policy.pop("kl")), "gold": policy.pop("gold", 0.5)}}
+        for policy in policies
+    ]
+    (folder / "eval.json").write_text(json.dumps({"policies": rows, "samples": []}))
+
+
+SFT = {"name": "sft", "step": 0, "kl": 0, "role": "sft"}
+
+
+def best_of(n: int, of: str = "sft", kl: float = 1.0) -> dict:
+    run = f"{of}:best_of"
+    return {"name": f"{run}_{n}", "kl": kl, "run": run, "role": of, "best_of": n, "bounds": ["kl"]}
+
+
+def test_best_of_n_is_a_line_of_its_own_even_beside_one_run(root):
+    """Its places are the n; the run that it chooses from has its own rows alone."""
+    dpo = write_run(root, "dpo")
+    folder = write_run(root, "eval", parents={"dpo": key(dpo)})
+    write_policies(
+        folder,
+        dict(SFT),
+        best_of(4, "dpo", 2.5),
+        best_of(2, "dpo", 1.5),
+        {"name": "dpo", "kl": 1, "role": "dpo"},
+    )
+    (first, second), notes = read(scan(root))
+    assert notes == []
+    assert [(r.name, r.step, r.bound) for r in first.rows[HELDOUT]] == [("sft", 0, False), ("dpo", 1, False)]
+    assert (first.stage, second.name) == ("dpo", f"eval/{folder.name}:dpo:best_of")
+    assert [(r.name, r.step, r.bound) for r in second.rows[HELDOUT]] == [
+        ("sft", 0, False),
+        ("dpo:best_of_2", 2, True),
+        ("dpo:best_of_4", 4, True),
+    ]
+    assert second.run_name == "dpo:best_of"
+
+
+def test_best_of_n_of_sft_alone(root):
+    folder = write_run(root, "eval")
+    write_policies(folder, dict(SFT), best_of(2), best_of(8))
+    (trial,), _ = read(scan(root))
+    assert [r.step for r in trial.rows[HELDOUT]] == [0, 2, 8]
+    assert trial.run_name == "sft:best_of"
+
+
+def test_several_stages_in_one_evaluation_each_have_their_own_rows(root):
+    """rloo is of stage ppo and is called by its role; the best of a run and a folder's belong to them."""
+    ppo, rloo = write_ppo(root, [(0, 1, 1)]), write_ppo(root, [(0, 1, 1)], ppo__estimator="rloo")
+    ilql = write_run(root, "ilql")
+    other = write_run(root, "dpo", seed=3)
+    parents = {"ppo": key(ppo), "rloo": key(rloo), "ilql": key(ilql), "compared_9": key(other)}
+    folder = write_run(root, "eval", parents=parents)
+    write_policies(
+        folder,
+        {"name": "ilql:beta_16", "kl": 9, "run": "ilql", "role": "ilql", "beta": 16.0},
+        {"name": "ilql:beta_0", "kl": 1, "run": "ilql", "role": "ilql", "beta": 0.0},
+        dict(SFT),
+        {"name": "ppo (best: step 2)", "step": 2, "kl": 1, "role": "ppo"},
+        {"name": "ppo@4", "step": 4, "kl": 2, "role": "ppo"},
+        {"name": "rloo@4", "step": 4, "kl": 2, "role": "rloo"},
+        {"name": f"dpo {key(other)[:6]}", "kl": 3, "run": f"dpo {key(other)[:6]}", "role": "compared_9"},
+    )
+    trials, notes = read(scan(root))
+    assert notes == [] and len(trials) == 4
+    rows = {t.key: [r.name for r in t.rows[HELDOUT]] for t in trials}
+    assert (
+        rows
+        == {
+            key(ppo): ["sft", "ppo (best: step 2)", "ppo@4"],
+            key(rloo): ["sft", "rloo@4"],
+            key(ilql): ["sft", "ilql:beta_0", "ilql:beta_16"],  # by beta, behind the start
+            key(other): ["sft", f"dpo {key(other)[:6]}"],
+        }
+    )
+    assert {t.key: t.run_name for t in trials}[key(rloo)] == "rloo"
+    assert {t.run_name for t in trials} == {None, "rloo"}
+
+
+def test_the_last_policy_is_no_average_and_not_the_start(root):
+    ppo = write_ppo(root, [(0, 1, 1)])
+    write_eval(root, ppo, [(0, 0, {"gold": 0.1}), (4, 2, {"gold": 0.3}), (None, 1, {"gold": 0.2})])
+    (trial,), _ = read(scan(root))
+    assert trial.last(HELDOUT).metrics["gold"] == 0.3
+    trial.rows[HELDOUT] = [r for r in trial.rows[HELDOUT] if r.step != 4]
+    assert trial.last(HELDOUT).metrics["gold"] == 0.2
+    trial.rows[HELDOUT] = trial.rows[HELDOUT][:1]
+    assert trial.last(HELDOUT).name == "sft" and trial.last("nothing") is None

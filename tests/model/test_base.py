@@ -11,7 +11,7 @@ import torch
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.model import base as base_model
-from rlhf_exp.model import quantize, shapes
+from rlhf_exp.model import quantize
 from rlhf_exp.model.base import load_base
 from rlhf_exp.model.roles import BASE, Roles, lora_config
 from rlhf_exp.schema import Lora, Model
@@ -94,36 +94,6 @@ def test_settings_of_4_bit_are_those_of_qlora():
     found = quantize.config_of(with_keys(quantization="8bit"), torch.bfloat16)
     assert (found.load_in_4bit, found.load_in_8bit) == (False, True)
     assert quantize.config_of(with_keys(), torch.bfloat16) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "each"), [("none", 2), ("4bit", 0.5 + 8 / 64 / 8 + 32 / (64 * 256) / 8), ("8bit", 1)]
-)
-def test_memory_of_the_base(tiny_path, kind, each):
-    """The layers' matrices are quantised: q and o 64 x 64, k and v 32 x 64, three 128 x 64."""
-    from rlhf_exp.stages import memory
-
-    matrices = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
-    kept = 512 * 64 + 5 * 64  # embeddings, tied; norms
-    plan = SimpleNamespace(
-        config=SimpleNamespace(model=with_keys(quantization=kind)),
-        base=SimpleNamespace(dtype="bfloat16", folder=tiny_path),
-        shapes=shapes.of_model(tiny_path),
-    )
-    size = shapes.size_of(tiny_path)
-    assert size.parameters == matrices + kept
-    assert memory._base(plan, size) == pytest.approx(2 * kept + each * matrices)
-
-
-def test_memory_of_a_quantised_base_that_is_not_here():
-    from rlhf_exp.stages import memory
-
-    plan = SimpleNamespace(
-        config=SimpleNamespace(model=with_keys(quantization="8bit")),
-        base=SimpleNamespace(dtype="bfloat16", folder=None),
-    )
-    # 1 B parameters, 2 x 50,000 x 1,000 of them embeddings and output layer
-    assert memory._base(plan, shapes.Size(10**9, 10, 1000, 50_000)) == 2 * 10**8 + 9 * 10**8
 
 
 @pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes is not installed: pip install 'rlhf-exp[quant]'")

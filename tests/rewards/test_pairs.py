@@ -136,6 +136,15 @@ def test_scores_of_pairs_do_not_depend_on_their_company(bases, share, size, toke
                 assert abs(score - float(alone(roles, head, pair.prompt + answer, 1))) < 1e-5
 
 
+def test_progress_is_told_of_every_pair(bases):
+    base, model = bases("tiny")
+    roles, head = trained(base, model)
+    told = []
+    with roles, torch.no_grad():
+        score_pairs(roles, "reward", head, PAIRS, 2, progress=told.append)
+    assert told[-1] == len(PAIRS) and told == sorted(told) and len(told) == -(-len(PAIRS) // 2)
+
+
 def test_blocks_of_queries_change_nothing(bases, monkeypatch):
     base, model = bases("gemma3_270m")
     roles, _ = trained(base, model)

@@ -6,7 +6,20 @@ from collections import Counter
 
 import pytest
 
-from rlhf_exp.rewards.ranking import FEW, NEAR, NO_VERDICT, TIE, Pick, by_scores, by_verdicts, orders, picks
+from rlhf_exp.rewards.ranking import (
+    FEW,
+    LOW,
+    NEAR,
+    NO_VERDICT,
+    NOT_BEST,
+    TIE,
+    Pick,
+    best,
+    by_scores,
+    by_verdicts,
+    orders,
+    picks,
+)
 
 SCORES = by_scores([1.0, 3.0, 2.0, 3.0])
 # answers 0, 1, 2: 0 beats 1 at .8; 0 against 2 changes with the order; 2 beats 1 at .7
@@ -70,3 +83,27 @@ def test_orders_are_signs_of_the_pairs_in_turn():
 def test_a_score_that_is_no_number_stops(wrong):
     with pytest.raises(FloatingPointError, match="nan or inf"):
         by_scores([1.0, wrong])
+
+
+# ---------------------------------------------------------------- the best of n
+
+
+def test_the_best_first_and_of_equal_ones_the_first():
+    scores = [1.0, 3.0, 2.0, 3.0]
+    assert best(scores, range(4), 1, None, dropped := Counter()) == [1]
+    assert dropped == {NOT_BEST: 3}
+    assert best(scores, range(4), 3, None, dropped := Counter()) == [1, 3, 2]
+    assert best(scores, range(4), 0, None, dropped := Counter()) == [1, 3, 2, 0]
+    assert not dropped
+
+
+def test_only_given_places_and_only_scores_that_reach_the_threshold():
+    assert best([9.0, 1.0, 2.0], [1, 2], 1, 2.0, dropped := Counter()) == [2]
+    assert dropped == {LOW: 1}
+    assert best([9.0, 1.0, 2.0], [1, 2], 1, 2.5, dropped := Counter()) == []
+    assert dropped == {LOW: 2}
+
+
+def test_a_score_that_is_no_number_cannot_be_the_best():
+    with pytest.raises(FloatingPointError, match="nan or inf"):
+        best([1.0, float("nan")], [0], 1, None, Counter())

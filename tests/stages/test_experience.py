@@ -79,6 +79,17 @@ def test_dapos_overlong_buffer_is_a_length_penalty(ppo_config, longest, buffer):
     assert paid[-1] == pytest.approx(-1)
 
 
+def test_an_eos_after_a_stop_text_is_no_token_that_anybody_chose(ppo_config):
+    """Answers of 4 tokens: an EOS that was sampled, one that a stop text put there, none."""
+    answers, ended, stops = [[5, 6, 7, 2], [5, 6, 7, 2], [5, 6, 7, 8]], [True, True, False], [None, 2, None]
+    rollout = Rollout([[1]] * 3, answers, ended, [], None, stops)
+    config = ppo_config(
+        {"length_penalty": 0.5, "length_budget": 1, "reward_clip": 0.0, "missing_eos_penalty": 0.0}
+    )
+    paid = experiences.shape_scores(config.ppo, State.start(config.ppo), torch.zeros(3), rollout)
+    assert paid.tolist() == [-1.5, -1.0, -1.5]
+
+
 # ---------------------------------------------------------------- the state
 
 

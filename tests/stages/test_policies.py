@@ -71,6 +71,28 @@ def test_how_an_entry_is_read(tmp_path, monkeypatch):
     ]
 
 
+def test_how_a_policy_decodes_is_read_from_its_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:best_of_3").mkdir()
+    found = entries(
+        asked(
+            "sft:best_of_16",
+            "ppo@8:best_of_4",
+            "ilql:beta_4",
+            "q=outputs/ilql/ab:beta_0.5:best_of_2",
+            "odd:best_of_3",
+        )
+    )
+    assert [(e.name, e.who, e.step, e.beta, e.best_of, e.how) for e in found] == [
+        (None, "sft", None, None, 16, ":best_of_16"),
+        (None, "ppo", 8, None, 4, ":best_of_4"),
+        (None, "ilql", None, 4.0, None, ":beta_4"),
+        ("q", "outputs/ilql/ab", None, 0.5, 2, ":beta_0.5:best_of_2"),
+        (None, "odd:best_of_3", None, None, None, ""),  # a folder of that very name
+    ]
+    assert roles(asked("sft", "sft:best_of_4", "rloo", "ilql:beta_1", "ilql:beta_4")) == ("rloo", "ilql")
+
+
 def test_only_what_is_named_has_to_be_there():
     assert roles(asked()) == ("ppo",)
     assert roles(asked("sft", "base")) == ()
@@ -106,6 +128,52 @@ def test_checkpoints_of_one_run_in_the_order_that_is_asked_for(runs, find):
     assert said(found)[1:] == [("ppo@4", "step_00004", 4), ("ppo@7", "adapter", 7)]
 
 
+def shown(candidates) -> list[tuple]:
+    return [(c.name, c.kind, c.run, c.best_of, c.beta, c.of_sft) for c in candidates]
+
+
+def test_the_best_of_n_is_a_policy_beside_what_it_chooses_from(runs, find):
+    ppo = runs / "ppo" / ("a" * 12)
+    found = find(
+        asked("sft", "sft:best_of_4", "sft:best_of_16", "ppo@2:best_of_4", "top=ppo:best_of_8"), ppo=ppo
+    )
+    assert shown(found) == [
+        ("sft", "sft", "", 1, None, False),
+        ("sft:best_of_4", "other", "sft:best_of", 4, None, True),
+        ("sft:best_of_16", "other", "sft:best_of", 16, None, True),
+        ("ppo@2:best_of_4", "other", "ppo@2:best_of", 4, None, False),
+        ("top", "other", "top", 8, None, False),  # of the last adapter: one name, one policy
+    ]
+    assert [c.adapter.name for c in found] == ["sft", "sft", "sft", "step_00002", "adapter"]
+    assert not any(c.on_path for c in found[1:])
+    assert [c.role for c in found] == ["sft", "sft", "sft", "ppo", "ppo"]
+
+
+@pytest.fixture
+def ilql(runs, adapters) -> Path:
+    """A run folder of ilql; what its heads are is not looked at here."""
+    folder = runs / "ilql" / ("f" * 12)
+    shutil.copytree(adapters["other"], folder / "adapter")
+    (folder / "ilql").mkdir()
+    (folder / "ilql" / "heads.safetensors").write_bytes(b"")
+    (folder / "run.json").write_text(json.dumps({"stage": "ilql", "key": "f" * 64}))
+    return folder
+
+
+def test_a_run_of_ilql_is_a_policy_for_each_beta(find, ilql, runs):
+    found = find(asked("sft", "ilql:beta_0", "ilql:beta_4", "ilql:beta_4:best_of_2"), ilql=ilql)
+    assert shown(found)[1:] == [
+        ("ilql:beta_0", "other", "ilql", 1, 0.0, False),
+        ("ilql:beta_4", "other", "ilql", 1, 4.0, False),
+        ("ilql:beta_4:best_of_2", "other", "ilql:beta_4:best_of", 2, 4.0, False),
+    ]
+    assert {c.heads for c in found[1:]} == {ilql}
+    (by_folder,) = shown(find(asked(f"{ilql}:beta_4")))
+    assert by_folder == ("ilql ffffff:beta_4", "other", "ilql ffffff", 1, 4.0, False)
+    with pytest.raises(InputError, match=r"ilql:beta_1: .* holds no Q and V: it is no run of ilql"):
+        find(asked("ilql:beta_1"), ilql=runs / "dpo" / ("d" * 12))
+
+
 def test_a_run_is_all_that_it_kept(runs, find):
     ppo = runs / "ppo" / ("a" * 12)
     assert [c.name for c in find(asked(str(ppo)))] == ["ppo aaaaaa@2", "ppo aaaaaa@4", "ppo aaaaaa@7"]
@@ -133,6 +201,7 @@ def test_the_same_policy_twice_whatever_it_is_called(runs, find, adapters):
     for texts in (
         ("sft", str(adapters["sft"])),
         (str(ppo), f"{ppo}@2"),
+        ("sft:best_of_4", f"{adapters['sft']}:best_of_4"),
         (f"{ppo}@7", f"late={ppo}/adapter"),
     ):
         with pytest.raises(InputError, match="names a policy twice, as "):
@@ -163,11 +232,26 @@ def test_a_step_that_was_not_kept(runs, find):
             "eval.policies[0]=data=base: data is the row of the data's own answers: choose another name",
         ),
         (("sft", " "), "eval.policies[1]='' names no policy: leave it out"),
+        (
+            ("sft:best_of_4", "x=sft:best_of_4"),
+            "eval.policies has the same policy twice: sft:best_of_4, x=sft:best_of_4",
+        ),
+        (
+            ("sft:best_of_1",),
+            "eval.policies[0]=sft:best_of_1: the best of 1 is of two answers at least: leave :best_of_1 out",
+        ),
+        (("ilql",), "eval.policies[0]=ilql: ilql decodes by beta (Q - V): say by which beta, ilql:beta_4"),
+        (("dpo:beta_4",), "eval.policies[0]=dpo:beta_4: beta is of ilql: leave :beta_4 out"),
     ],
 )
 def test_words_that_cannot_be(texts, line):
     assert problems(asked(*texts)) == [line]
-    assert problems(asked("sft", "base", "ppo@2", "ppo@4")) == []
+    assert (
+        problems(
+            asked("sft", "base", "ppo@2", "ppo@4", "rloo@2", "sft:best_of_2", "sft:best_of_4", "ilql:beta_1")
+        )
+        == []
+    )
 
 
 def located(*texts: str) -> list[str]:
@@ -183,6 +267,20 @@ def test_folders_that_cannot_be(runs, adapters):
         (str(runs), "it is neither a run folder nor a PEFT folder"),
         (str(runs / "reward" / ("e" * 12)), "is a reward model, which answers nothing: name a policy"),
         (str(adapters["reward"]), "is a reward model"),
+    ):
+        with pytest.raises(InputError) as caught:
+            located(text)
+        assert line in caught.value.problems[0] and len(caught.value.problems) == 1
+
+
+def test_a_folder_decodes_by_beta_if_it_has_q_and_only_then(runs, ilql):
+    assert located(f"{ilql}:beta_4") == ["eval.policies[0]"]
+    for text, line in (
+        (str(ilql), "is a run of ilql, which decodes by beta (Q - V): say by which beta, "),
+        (
+            f"{runs / 'dpo' / ('d' * 12)}:beta_2",
+            ": beta is of a run of ilql, this has no Q: leave :beta_2 out",
+        ),
     ):
         with pytest.raises(InputError) as caught:
             located(text)
@@ -208,7 +306,16 @@ def test_the_key_knows_who_which_step_and_which_name(runs):
         return fingerprints(asked("sft", text), {"compared_1": folder})
 
     assert key(str(dpo), dpo) == key(str(moved), moved)
-    assert len({str(key(text, dpo)) for text in (str(dpo), f"x={dpo}", f"{dpo}@2", "ppo")}) == 4
+    texts = (
+        str(dpo),
+        f"x={dpo}",
+        f"{dpo}@2",
+        "ppo",
+        f"{dpo}:best_of_2",
+        f"{dpo}:best_of_4",
+        f"x={dpo}:best_of_4",
+    )
+    assert len({str(key(text, dpo)) for text in texts}) == 7
     assert fingerprints(asked("sft", "base"), {}) != fingerprints(asked("base", "sft"), {})
 
 

@@ -140,7 +140,7 @@ def test_strict_stops_before_training_warn_says_so_off_does_not_look(
 ):
     monkeypatch.setattr(provenance, "available", lambda device: 1.0)
     given = {"sft": adapters["sft"], "reward": adapters["reward"]}
-    with pytest.raises(InputError, match=r"the memory plan fits \(about .* free 0 MB\): most of it is"):
+    with pytest.raises(InputError, match=r"the memory plan fits \(about .* free 0 kB\): set "):
         ppo.run(ppo_config(), context("strict", **given))
     assert not (context("strict", **given).folder.path / "metrics.jsonl").exists()
     assert sum(line.startswith("FAIL ") for line in lines(capsys)) == 1
@@ -448,4 +448,5 @@ def test_the_plan_counts_what_is_still_to_come(started, monkeypatch):
     monkeypatch.setattr(provenance, "available", lambda device: 1e9)
     check = provenance.memory_fits(large, context, actors)
     assert not check.ok
-    assert check.cause == "most of it is KV cache: lower ppo.batch_size, generation.max_new_tokens"
+    assert " more in prefill, free 1.00 GB" in check.detail  # a million prompts at once
+    assert check.cause.startswith("set ppo.batch_size=500000 (saves ")

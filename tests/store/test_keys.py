@@ -27,18 +27,28 @@ NOT_IN_KEY = {
     *("dataset.name", "dataset.template.name", "dataset.revision", "run_name", "output_dir"),
     *("dataset.views.demonstrations", "dataset.views.comparisons", "dataset.views.prompts"),
     *("adapters.sft", "adapters.reward", "adapters.reward_ensemble", "adapters.gold", "adapters.ppo"),
-    *("adapters.dpo", "adapters.kto"),
+    *("adapters.dpo", "adapters.kto", "adapters.rft", "adapters.ilql"),
     # for people
     *("model.licence", "model.template", "model.notes"),
     # the memory estimate
     *("model.billion_params", "model.layers", "model.hidden_size", "model.vocab_size"),
+    *("model.architecture", "model.inner_size", "model.heads", "model.kv_heads", "model.head_size"),
+    *("memory.gradient_checkpointing", "memory.gb", "memory.ranks", "memory.device"),
+    "ppo.micro_batch_tokens",
     # replaced by the dtype that it came to
     "model.dtype",
     # what prefer and its rounds made arrives as the parents' keys
     *("dataset.comparisons_from", "adapters.labeller", "upstream.labeller", "upstream.prefer"),
     *("prefer.rounds", "prefer.keep", "prefer.start"),
     # hardware
-    *("device", "threads", "strategy.name", "train.micro_batch_size", "ppo.micro_batch_size"),
+    *(
+        "device",
+        "threads",
+        "strategy.name",
+        "strategy.deepspeed",
+        "train.micro_batch_size",
+        "ppo.micro_batch_size",
+    ),
     *("reward.share_prompts", "reward.micro_batch_tokens"),
     # how this command runs; an upstream override arrives as the parents' keys
     *(
@@ -52,8 +62,13 @@ NOT_IN_KEY = {
         "upstream.ppo",
         "upstream.dpo",
         "upstream.kto",
+        "upstream.rft",
+        "upstream.ilql",
+        "upstream.rloo",
     ),
     *("tracking.backend", "tracking.uri", "tracking.experiment"),
+    # a run that was stopped early is never published (sweeps/pruning.py)
+    *(f"early_stop.{leaf}" for leaf in ("rule", "metric", "grace", "trials", "guards")),
     # how a reward model is looked at; what the gate then has trained arrives as the parents' keys
     *("reward.probes", "reward_source.gate", "reward_source.patch_share"),
     # their content and names are

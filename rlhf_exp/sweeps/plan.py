@@ -7,26 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_exp import compose, conftree, overrides
 from rlhf_exp.errors import InputError
 
+HERE = "basic"  # Hydra's own launcher and sweeper: one trial after the other, in this process
+
 
 @dataclass
 class Plan:
-    """The overrides as Hydra is to have them, whether it is a sweep, and the (first) composed config."""
+    """The overrides as Hydra is to have them, whether it is a sweep, and the (first) composed config.
+
+    swept: the keys that have several values, or that the sweeper chooses.
+    """
 
     overrides: list[str]
     multirun: bool
     config: DictConfig
+    swept: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -52,13 +59,18 @@ def plan(given: Sequence[str], multirun: bool = False) -> Plan:
         raise InputError(dict.fromkeys(problems))
     config = compose.load(first)
     swept = [override for override in parsed if override.is_sweep_override()]
-    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
+    # another launcher's, without -m, is a sweep of one trial; a sweeper that searches is one of many
+    chosen = config.hydra.runtime.choices
+    elsewhere = any(chosen.get(f"hydra/{part}") != HERE for part in ("launcher", "sweeper"))
+    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN or elsewhere
     if not multirun:
         if swept:
             many = "has several values: add -m to run a trial for each"
             raise InputError([f"{override.input_line} {many}" for override in swept])
         compose.to_run(config)
         return Plan(compose.opened(given), False, config)
+    if not _numbered(config):
+        raise InputError("hydra.sweep.subdir: leave it out, the folders of trials are numbered")
     swept += _sweeper_params(first, config, tree)
     keys = {override.key_or_group for override in swept}
     compose.to_run(config, across=not swept)
@@ -67,7 +79,13 @@ def plan(given: Sequence[str], multirun: bool = False) -> Plan:
             for line in overrides.variants(override)[1:]:
                 compose.to_run(compose.load(_with(first, override, line)), across=False)
     ready = _late(parsed) if keys & {"stage", "experiment"} else given
-    return Plan(compose.opened(ready), True, config)
+    return Plan(compose.opened(ready), True, config, [override.key_or_group for override in swept])
+
+
+def _numbered(config: DictConfig) -> bool:
+    """Whether a trial's folder bears its number."""
+    node = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    return node["subdir"] == "${hydra.job.num}"
 
 
 def _with(first: Sequence[str], override: Override, line: str) -> list[str]:
@@ -105,6 +123,19 @@ def _late(parsed: Sequence[Override]) -> list[str]:
         value = override.get_value_element_as_str() if waits else ""
         lines.append(f"{override.get_key_element()}=choice({value})" if waits else override.input_line)
     return lines
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Every trial of a grid has been composed: Hydra's sweeper need not do it again."""
+    original = (
+        Sweeper.validate_batch_is_legal
+    )  # of the base class: Hydra's scanner has a copy of BasicSweeper
+    Sweeper.validate_batch_is_legal = lambda self, batch: None
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = original
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""hydra/launcher=slurm: the trials of a sweep as SLURM jobs."""

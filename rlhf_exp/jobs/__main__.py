@@ -1,0 +1,213 @@
+"""`python -m rlhf_exp.jobs`: the jobs of a sweep that was given to SLURM, from any shell, at any time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_exp.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError
+from rlhf_exp.jobs import graph as graphs
+from rlhf_exp.jobs import script, submit, table, units, watch
+from rlhf_exp.jobs.states import NoAnswer
+from rlhf_exp.jobs.units import Unit
+from rlhf_exp.jobs.watch import Row
+from rlhf_exp.sweeps import folder
+
+RESULTS = Path("multirun/results")
+LINES = 20
+
+
+def parser() -> argparse.ArgumentParser:
+    """SWEEP is a sweep's folder; without it, the newest in multirun/results."""
+    root = argparse.ArgumentParser(
+        prog="rlhf_exp.jobs",
+        description="The jobs of a sweep that was given to SLURM (hydra/launcher=slurm).",
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        found.add_argument(
+            "sweep", nargs="?", help="folder of the sweep; default: the newest in multirun/results"
+        )
+        return found
+
+    status = add("status", "How each job stands: waiting, running, done, failed and why.")
+    status.add_argument("-w", "--watch", action="store_true", help="keep looking until all have ended")
+    status.add_argument("--every", type=float, default=3.0, help="seconds between two looks (3)")
+    logs = add("logs", "What a trial or an upstream job has written; without a name: of all that failed.")
+    logs.add_argument("unit", nargs="?", help="number of a trial, or name of an upstream job")
+    logs.add_argument("-n", "--lines", type=int, default=LINES, help=f"the last so many ({LINES}); 0: all")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes")
+    cancel = add("cancel", "End jobs, waiting or running: these, or all of the sweep.")
+    cancel.add_argument("units", nargs="*", help="numbers of trials, names of upstream jobs")
+    resume = add("resume", "Submit again what has neither ended well nor waits or runs.")
+    resume.add_argument("--dry-run", action="store_true", help="print the sbatch scripts and stop")
+    add("collect", "When all have ended: table, report and the end in MLflow; else how each stands.")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, and of collect and status --watch 1 if a trial failed, 75 if some wait or run; 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        sweep = _sweep(args.sweep)
+        return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "collect": _collect}[
+            args.command
+        ](sweep, args)
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except NoAnswer as error:
+        print(f"error: SLURM does not answer: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _sweep(given: str | None) -> Path:
+    if given is not None:
+        if not folder.is_sweep(Path(given)):
+            folder.read(Path(given))  # says what is wrong
+        return Path(given)
+    found = [path for path in RESULTS.glob("*") if folder.is_sweep(path)] if RESULTS.is_dir() else []
+    if not found:
+        raise InputError(f"no sweep in {RESULTS.absolute()}: give the folder of one")
+    return max(found, key=lambda path: path.name)
+
+
+def _look(sweep: Path) -> tuple[list[Row], str]:
+    """The rows, and a word on SLURM if it does not answer."""
+    try:
+        return watch.look(sweep), ""
+    except NoAnswer as error:
+        return watch.offline(sweep), f"; SLURM does not answer ({error}), this is what the ledger says"
+
+
+def _status(sweep: Path, args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console()
+    rows, note = _look(sweep)
+    if not args.watch:
+        console.print(table.table(sweep, rows, note))
+        return 0
+    from rich.live import Live
+
+    with Live(table.table(sweep, rows, note), console=console, auto_refresh=False) as live:
+        while any(row.unit.open for row in rows):
+            time.sleep(args.every)
+            rows, note = _look(sweep)
+            live.update(table.table(sweep, rows, note), refresh=True)
+    return _code(rows)
+
+
+def _code(rows: Sequence[Row]) -> int:
+    trials = [row.unit for row in rows if row.unit.number is not None]
+    if any(unit.open for unit in trials):
+        return EXIT_INTERRUPTED
+    return 0 if all(unit.done for unit in trials) else 1
+
+
+def _logs(sweep: Path, args: argparse.Namespace) -> int:
+    known = units.read(sweep)
+    if args.unit is None:
+        chosen = [unit for unit in known.values() if unit.ended and not unit.done]
+        if not chosen:
+            print("nothing has failed; name a trial to see what it has written")
+    else:
+        chosen = [_unit(sweep, known, args.unit)]
+    for unit in chosen:
+        path = script.log(sweep, unit.job) if unit.job else None
+        if path is None or not path.is_file():
+            print(
+                f"== {unit.name}: no log ({'not submitted' if path is None else f'{path} is not there yet'})"
+            )
+            if unit.reason:
+                print(unit.reason)
+            continue
+        print(f"== {unit.name}: {path}", flush=True)
+        text = path.read_text(errors="replace").splitlines()
+        print(*text[-args.lines :], sep="\n", flush=True)
+        if args.follow:
+            _follow(path)
+    return 0
+
+
+def _follow(path: Path) -> None:
+    """Print what is added to a file, until Ctrl-C."""
+    with path.open(errors="replace") as stream:
+        stream.seek(0, 2)
+        while True:
+            if more := stream.read():
+                print(more, end="", flush=True)
+            else:
+                time.sleep(0.5)
+
+
+def _unit(sweep: Path, known: dict[str, Unit], name: str) -> Unit:
+    if name in known:
+        return known[name]
+    said = ", ".join(known) or "none"
+    raise InputError(f"{sweep} has no job {name}; there are: {said}")
+
+
+def _cancel(sweep: Path, args: argparse.Namespace) -> int:
+    known = units.read(sweep)
+    chosen = [_unit(sweep, known, name) for name in args.units] or list(known.values())
+    jobs = [unit.job for unit in chosen if unit.open]
+    if not jobs:
+        print("nothing waits or runs")
+        return 0
+    if said := submit.cancel(jobs):
+        print(f"error: {said}", file=sys.stderr)
+        return 1
+    print(f"cancelled: {', '.join(unit.name for unit in chosen if unit.open)}")
+    return 0
+
+
+def _resume(sweep: Path, args: argparse.Namespace) -> int:
+    found = graphs.read(sweep)
+    if found is None:
+        raise InputError(f"{sweep} was not given to SLURM: repeat its command with hydra.sweep.dir={sweep}")
+    graph, settings = found
+    rows = watch.look(sweep)
+    again = [
+        row.unit.number
+        for row in rows
+        if row.unit.number in graph.stages and not row.unit.done and not row.unit.open
+    ]
+    if not again:
+        print("nothing to do: every trial has ended well, waits or runs")
+        return 0
+    if args.dry_run:
+        print("\n\n".join(submit.texts(sweep, graph, settings, again)))
+        return 0
+    jobs = submit.submit(sweep, graph, settings, again)
+    print(f"trials {', '.join(map(str, sorted(again)))}: submitted as {', '.join(jobs)}")
+    return 0
+
+
+def _collect(sweep: Path, args: argparse.Namespace) -> int:
+    from rlhf_exp.sweeps import collect
+
+    rows = watch.look(sweep)
+    if any(row.unit.open for row in rows):
+        from rich.console import Console
+
+        Console().print(table.table(sweep, rows))
+        return EXIT_INTERRUPTED
+    path = sweep.absolute()
+    os.chdir(folder.read(path)["cwd"])
+    return collect.again(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a strategy leaves on each rank of what one process would hold, and what travels between ranks in a step.
+
+Rows are divided before, in parts.py. Here: ddp holds weights, gradients and moments whole on every rank; zero1 and
+zero2 a share of the moments; zero3 besides a share of the frozen base's layers, of which one layer is gathered for as
+long as it computes, and all of them while answers are sampled; zero3_offload keeps that share in the host's memory.
+Adapters, heads, embeddings and output layer stay whole (rlhf_exp/strategies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from rlhf_exp.memory.architecture import Architecture
+from rlhf_exp.memory.parts import BYTES, DECODE, GRADIENTS, OPTIMISER, PARAMETERS, PREFILL, Item, phases
+
+SHARDED_MOMENTS = ("zero1", "zero2", "zero3", "zero3_offload")
+SHARDED_BASE = ("zero3", "zero3_offload")
+GATHERED = 2  # layers that are whole at once: the one that computes and the one that is fetched for after it
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds: on its device, and in the memory of the host."""
+
+    device: list[Item]
+    host: list[Item]
+
+
+def on_rank(items: Iterable[Item], strategy: str, ranks: int, model: Architecture, dtype: str) -> Rank:
+    """Of the items of one process those of a rank; rows are divided already."""
+    items = list(items)
+    every = phases(items)
+    device, host = [], []
+    for item in items:
+        if item.kind == OPTIMISER and strategy in SHARDED_MOMENTS:
+            item = replace(item, bytes=item.bytes / ranks)
+        if item.role == "base" and item.kind == PARAMETERS and not item.label and strategy in SHARDED_BASE:
+            for_device, for_host = _base(item, strategy, ranks, model, dtype, every)
+            device += for_device
+            host += for_host
+            continue
+        device.append(item)
+    return Rank(device, host)
+
+
+def _base(
+    item: Item, strategy: str, ranks: int, model: Architecture, dtype: str, every: list[str]
+) -> tuple[list[Item], list[Item]]:
+    """A sharded base: embeddings and output layer, the share, and what is gathered in each phase."""
+    whole = min(item.bytes, model.by_token * BYTES[dtype])
+    layers = item.bytes - whole
+    share = replace(item, bytes=layers / ranks, label="share of the layers")
+    device = [replace(item, bytes=whole, label="embeddings, output layer")]
+    host = []
+    (host if strategy == "zero3_offload" else device).append(share)
+    sampled = tuple(phase for phase in every if phase in (PREFILL, DECODE))
+    other = tuple(phase for phase in every if phase not in sampled)
+    if sampled:
+        device.append(replace(item, bytes=layers, phases=sampled, label="layers, gathered"))
+    if other:
+        gathered = min(layers, GATHERED * layers / model.layers)
+        device.append(replace(item, bytes=gathered, phases=other, label=f"{GATHERED} layers, gathered"))
+    return device, host
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that a rank sends in one optimiser step, and in one rollout."""
+
+    step: float
+    rollout: float
+    why: str
+
+
+def volume(
+    strategy: str, ranks: int, items: Iterable[Item], model: Architecture, dtype: str, passes: int
+) -> Volume:
+    """What a rank sends, by ring algorithms: all-reduce 2 (n - 1) / n of the bytes, all-gather (n - 1) / n.
+
+    passes: forwards and backwards through the base in an optimiser step; each gathers all layers under zero3. With
+    LoRA only adapters' gradients are summed: the frozen base has none.
+    """
+    if ranks == 1:
+        return Volume(0.0, 0.0, "one rank")
+    items = list(items)
+    ring = (ranks - 1) / ranks
+    gradients = sum(item.bytes for item in items if item.kind == GRADIENTS)
+    step, why = 2 * ring * gradients, "gradients of adapters and heads, summed"
+    if strategy in SHARDED_MOMENTS:  # and the weights that each rank has stepped
+        step, why = 3 * ring * gradients, "gradients summed, stepped weights gathered"
+    rollout = 0.0
+    if strategy in SHARDED_BASE:
+        base = sum(i.bytes for i in items if i.role == "base" and i.kind == PARAMETERS and not i.label)
+        layers = max(0.0, base - model.by_token * BYTES[dtype])
+        step += passes * ring * layers
+        rollout = ring * layers
+        why += ", layers gathered in every forward and backward"
+    return Volume(step, rollout, why)

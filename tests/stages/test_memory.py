@@ -1,0 +1,227 @@
+"""The memory plan of a command, whether it fits, and micro-batches that are found: nothing of it changes a result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_exp.errors import InputError
+from rlhf_exp.memory import parts
+from rlhf_exp.schema import Memory, Optim, Reward, Train
+from rlhf_exp.stages import direct, ilql, memory, microbatch, ppo, reward, sft
+
+STAGES = {"sft": sft, "reward": reward, "dpo": direct, "ilql": ilql}
+
+
+def adapter_of(run: Any) -> dict[str, torch.Tensor]:
+    from rlhf_exp.model.roles import read_weights
+
+    return read_weights(run.path / "adapter")
+
+
+def train(
+    stage: str, run_config: Any, context: Any, adapters: Any, name: str, **more: Any
+) -> dict[str, torch.Tensor]:
+    """Three steps of a stage; the adapter that it publishes."""
+    given = {"train": Train(steps=3, batch_size=8, micro_batch_size=4), "optim": Optim(lr=1e-2)} | more
+    if stage == "reward":
+        given |= {"reward": Reward(probes=0, center=False)}
+    config = run_config(stage, {"limit": 16}, **given)
+    parents = {} if stage in ("sft", "reward") else {"sft": adapters["sft"]}
+    if stage == "ilql":  # chosen answers +1, rejected ones -1
+        config.ilql.data, config.ilql.eval_prompts, config.ilql.betas = "comparisons", 2, [0.0]
+        config.generation.max_new_tokens, config.reward_source.kind = 2, "length"
+    made = context(name, **parents)
+    STAGES[stage].run(config, made)
+    return adapter_of(made.folder)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputation_trains_the_same_adapter(stage, run_config, context, adapters):
+    plain = train(stage, run_config, context, adapters, "plain")
+    memory_ = Memory(gradient_checkpointing=True)
+    again = train(stage, run_config, context, adapters, "again", memory=memory_)
+    assert any(value.abs().max() > 0 for name, value in plain.items() if "lora_B" in name)
+    for name, value in plain.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_recomputation_is_what_happens(run_config, context, adapters, monkeypatch):
+    """Each layer of two is computed once more for each micro-batch."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    count = [0]
+    plain = LlamaAttention.forward
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        count[0] += torch.is_grad_enabled()
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    seen = []
+    for recompute in (False, True):
+        count[0] = 0
+        more = {
+            "memory": Memory(gradient_checkpointing=recompute),
+            "train": Train(steps=1, batch_size=8, micro_batch_size=4),
+        }
+        train("reward", run_config, context, adapters, f"run{recompute}", **more)
+        seen.append(count[0])
+    assert seen[1] == 2 * seen[0]
+
+
+@pytest.mark.parametrize("critic", ["trunk", "own"])
+def test_ppo_recomputes_each_role_in_itself(critic, ppo_config, context, adapters):
+    found = []
+    for name, recompute in (("plain", False), ("again", True)):
+        settings = {"steps": 2, "epochs": 2, "micro_batch_size": 4, "critic": critic, "critic_init": "zero"}
+        config = ppo_config(settings, memory=Memory(gradient_checkpointing=recompute))
+        made = context(name, sft=adapters["sft"], reward=adapters["reward"])
+        ppo.run(config, made)
+        found.append(adapter_of(made.folder))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_packing_by_tokens_changes_nothing_but_rounding(ppo_config, context, adapters):
+    found = []
+    for name, tokens in (("rows", 0), ("tokens", 60)):
+        config = ppo_config({"steps": 2, "epochs": 2, "micro_batch_tokens": tokens})
+        made = context(name, sft=adapters["sft"], reward=adapters["reward"])
+        ppo.run(config, made)
+        found.append(adapter_of(made.folder))
+    for name, value in found[0].items():
+        assert (value - found[1][name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "tokens", "groups"),
+    [
+        ([3, 4, 9], 2, 0, [[0, 1], [2]]),
+        ([3, 4, 5, 9], 9, 12, [[0, 1], [2], [3]]),  # three of 5 would be 15 with their padding
+        ([3, 4, 4, 9], 9, 12, [[0, 1, 2], [3]]),
+        ([20, 30], 9, 12, [[0], [1]]),  # longer than the limit: each by itself
+        ([1, 1, 1, 1], 3, 100, [[0, 1, 2], [3]]),
+        ([], 3, 5, []),
+    ],
+)
+def test_groups_by_rows_and_tokens(lengths, size, tokens, groups):
+    from rlhf_exp.data.collate import grouped
+
+    assert grouped(range(len(lengths)), lengths, size, tokens) == groups
+
+
+# ---------------------------------------------------------------- as many as fit
+
+
+def room(monkeypatch: pytest.MonkeyPatch, bytes_: float | None) -> None:
+    monkeypatch.setattr(memory, "room_of", lambda config, device: bytes_)
+
+
+def test_as_many_rows_as_fit_by_the_plan(run_config, context, monkeypatch, capsys):
+    config = run_config("sft", train=Train(batch_size=12, micro_batch_size=0), optim=Optim())
+    made = context()
+    facts = microbatch.facts_here(config, made)
+    base = 4 * facts.model.parameters
+    planned = microbatch.shortened(config, [[1] * 7], [[1] * 5])
+    needs = {
+        size: memory.need_of(microbatch.sized(planned, size), facts) - base for size in (12, 6, 4, 3, 2, 1)
+    }
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for size in (12, 4, 1):
+        room(monkeypatch, needs[size] / microbatch.MARGIN["cpu"] * 1.0001)
+        found = microbatch.settle(config, made, [[1] * 7], [[1] * 5])
+        assert found.train.micro_batch_size == size
+        assert f"micro-batch: {size} of 12 rows" in capsys.readouterr().out
+    room(monkeypatch, None)  # nobody knows: all
+    assert microbatch.settle(config, made, [[1] * 7], [[1] * 5]).train.micro_batch_size == 12
+
+
+def test_ppos_rows_need_not_divide(ppo_config, context, monkeypatch):
+    config = ppo_config({"batch_size": 8, "micro_batch_size": 0})
+    made = context()
+    facts = microbatch.facts_here(config, made)
+    base = 4 * facts.model.parameters
+    planned = microbatch.shortened(config, [[1] * 30], None)
+    rollout = memory.need_of(microbatch.sized(planned, 1), facts) - base
+    need = memory.need_of(microbatch.sized(planned, 7), facts) - base
+    assert need > rollout
+    room(monkeypatch, need / microbatch.MARGIN["cpu"] * 1.0001)
+    assert microbatch.settle(config, made, [[1] * 30]).ppo.micro_batch_size == 7
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_found_sizes_train_the_same(stage, run_config, context, adapters, monkeypatch):
+    """Whole batches where there is room for them, and single rows where there is none."""
+    given = Train(steps=2, batch_size=8, micro_batch_size=0)
+    found = []
+    for name, bytes_ in (("much", None), ("little", 1.0)):
+        room(monkeypatch, bytes_)
+        found.append(train(stage, run_config, context, adapters, name, train=given))
+    for name, value in found[0].items():
+        assert (value - found[1][name]).abs().max() < 2e-3, name
+
+
+def test_what_does_not_fit_is_said_before_it_trains(run_config, context, monkeypatch):
+    config = run_config("sft", train=Train(batch_size=16, micro_batch_size=16), optim=Optim())
+    room(monkeypatch, 1e5)
+    with pytest.raises(InputError) as caught:
+        sft.run(config, context())
+    (line,) = caught.value.problems
+    assert line.startswith("sft needs ")
+    assert "of memory, but there are 100 kB: set " in line
+    assert "train.micro_batch_size=4 (saves " in line
+
+
+def test_on_a_full_device_half_is_tried(ppo_config, context, monkeypatch):
+    """The plan said all 8: the device has room for 3 rows, so that 4 fails and 2 passes."""
+    config = ppo_config({"batch_size": 8, "micro_batch_size": 0})
+    made, seen = context(), []
+
+    class Full(Exception):
+        pass
+
+    def attempt(config: Any, base: Any, size: int, facts: Any) -> None:
+        seen.append(size)
+        if size > 3:
+            raise Full
+
+    monkeypatch.setattr(torch.cuda, "OutOfMemoryError", Full)
+    monkeypatch.setattr(microbatch, "attempt", attempt)
+    facts = replace(microbatch.facts_here(config, made), device="cuda")
+    monkeypatch.setattr(microbatch, "facts_here", lambda config, context: facts)
+    room(monkeypatch, None)
+    assert microbatch.settle(config, made, [[1] * 30]).ppo.micro_batch_size == 2
+    assert seen == [8, 4, 2]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_an_attempt_leaves_nothing_behind(stage, run_config, ppo_config, context, fingerprint, unchanged):
+    config = ppo_config() if stage == "ppo" else run_config(stage, train=Train(batch_size=4), optim=Optim())
+    made = context()
+    before, state = fingerprint(made.base), torch.random.get_rng_state()
+    microbatch.attempt(config, made.base, 2, microbatch.facts_here(config, made))
+    unchanged(made.base, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_filler_is_what_a_forward_does_not_hold(run_config, context, monkeypatch):
+    """Adapter, gradients, moments and logits of the plan, in bytes."""
+    config = run_config("sft", train=Train(batch_size=4, micro_batch_size=2), optim=Optim())
+    made, asked = context(), []
+    plain = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **k: (asked.append(a[0]) if k.get("dtype") == torch.uint8 else None, plain(*a, **k))[1],
+    )
+    facts = microbatch.facts_here(config, made)
+    microbatch.attempt(config, made.base, 2, facts)
+    rank = memory.rank_of(config, facts).device
+    kinds = (parts.GRADIENTS, parts.OPTIMISER, parts.LOGITS, parts.PARAMETERS)
+    assert asked == [
+        int(sum(i.bytes for i in rank if i.kind in kinds and i.role != "base" and i.there(parts.FORWARD)))
+    ]

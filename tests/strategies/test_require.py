@@ -1,0 +1,153 @@
+"""What a strategy refuses before anything is loaded, in one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from rlhf_exp import compose
+from rlhf_exp.strategies import require
+
+PPO = ("stage=ppo", "ppo.batch_size=32", "ppo.micro_batch_size=4")
+Z = "strategy.deepspeed"
+
+
+def problems(*words: str, ranks: int = 2) -> list[str]:
+    config, _ = compose.compose([*(words if words[0].startswith("stage") else (*PPO, *words))])
+    return [*require.config_problems(config, ranks), *require.stage_problems(config, ranks)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_what_is_in_conf_is_sound(strategy):
+    assert problems(f"strategy={strategy}") == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_single_is_one_process(ranks):
+    found = problems("strategy=single", ranks=ranks)
+    assert len(found) == ranks - 1
+    assert all(
+        line.startswith("2 processes were started as ranks of one run, but strategy=single") for line in found
+    )
+
+
+def test_micro_times_accumulation_times_ranks_is_the_batch():
+    words = ("strategy=zero2", f"{Z}.gradient_accumulation_steps=2")
+    assert problems(*words) == [
+        "strategy.deepspeed: micro 4 x accumulation 2 x ranks 2 = 16, ppo.batch_size says 32"
+    ]
+    assert problems(*words, ranks=4) == []
+
+
+def test_a_minibatch_is_what_a_step_takes():
+    words = (
+        "strategy=zero2",
+        f"{Z}.gradient_accumulation_steps=4",
+        "ppo.minibatches=2",
+        "ppo.samples_per_prompt=2",
+    )
+    key = "ppo.batch_size x ppo.samples_per_prompt / ppo.minibatches"
+    assert problems(*words, ranks=1) == [
+        f"strategy.deepspeed: micro 4 x accumulation 4 x ranks 1 = 16, {key} says 32"
+    ]
+    assert problems(*words, ranks=2) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((f"{Z}.train_batch_size=64",), f"{Z}.train_batch_size=64 contradicts ppo.batch_size, which says 32"),
+        (
+            (f"{Z}.train_micro_batch_size_per_gpu=8",),
+            f"{Z}.train_micro_batch_size_per_gpu=8 contradicts ppo.micro_batch_size=4: set that alone",
+        ),
+        (
+            (f"{Z}.gradient_clipping=0.5",),
+            f"{Z}.gradient_clipping=0.5 contradicts optim.max_grad_norm=1: set that alone",
+        ),
+        (
+            ("+strategy.deepspeed.optimizer={type: Adam}",),
+            f"{Z}.optimizer is ours to say: set optim, and leave it out",
+        ),
+        (
+            (f"{Z}.zero_optimization.stage=1",),
+            f"{Z}.zero_optimization.stage=1 contradicts strategy=zero2: choose strategy=zero1",
+        ),
+        (
+            (f"{Z}.zero_optimisation={{}}",),
+            f"unknown key {Z}.zero_optimisation; did you mean zero_optimization?",
+        ),
+    ],
+)
+def test_a_key_of_deepspeed_that_contradicts_ours(words, said):
+    if words[0].startswith("+"):
+        words = (words[0][1:], *words[1:])
+    assert problems("strategy=zero2", *words) == [said]
+
+
+def test_the_same_value_again_is_no_contradiction():
+    words = ("train_batch_size=32", "train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=4")
+    assert problems("strategy=zero1", *(f"{Z}.{word}" for word in words), f"{Z}.gradient_clipping=1.0") == []
+
+
+def test_a_wrong_value_is_told_by_its_key():
+    (line,) = problems("strategy=zero2", f"{Z}.zero_optimization.reduce_bucket_size=many")
+    assert line.startswith(f"{Z}.zero_optimization.reduce_bucket_size: ")
+    assert line.endswith("got 'many'")
+
+
+def test_settings_of_deepspeed_without_deepspeed():
+    assert problems("strategy=ddp", f"{Z}.train_batch_size=4") == [
+        f"{Z} is for strategy=zero1, zero2 and zero3, but strategy=ddp: leave it out"
+    ]
+
+
+def test_more_ranks_than_prompts():
+    assert problems("strategy=ddp", "ppo.batch_size=2", ranks=4) == [
+        "ppo: 4 ranks, but 2 prompts in a batch (ppo.batch_size): each rank needs one; raise the batch, or start "
+        "fewer ranks"
+    ]
+    found = problems("stage=sft", "strategy=ddp", "train.batch_size=2", "train.micro_batch_size=2", ranks=3)
+    assert [line.partition(":")[0] for line in found] == ["sft"]
+
+
+def test_offload_to_a_folder_that_cannot_be_written():
+    """/proc is closed to root too."""
+    (line,) = offload("/proc/shards")
+    assert line.startswith(
+        f"{Z}.zero_optimization.offload_param.nvme_path=/proc/shards cannot be written: /proc: "
+    )
+
+
+def test_offload_to_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    (line,) = offload(tmp_path / "file" / "shards")
+    assert line.endswith(f"cannot be written: {tmp_path / 'file'} is no folder")
+
+
+def offload(folder) -> list[str]:
+    key = f"{Z}.zero_optimization.offload_param"
+    return problems("strategy=zero3_offload", f"{key}.device=nvme", f"{key}.nvme_path={folder}")
+
+
+def test_without_the_package(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else real(name, *rest)
+    )
+    assert problems("strategy=zero2") == [
+        "strategy=zero2 needs the package deepspeed, which is not installed: pip install deepspeed, or choose "
+        "strategy=ddp"
+    ]
+    assert problems("strategy=ddp") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("lora=dora",), "lora.dora"), (("model.quantization=4bit",), "model.quantization=4bit")],
+)
+def test_what_a_base_in_shards_cannot_have(words, said):
+    (line,) = problems("strategy=zero3", *words)
+    assert line.startswith(said)
+    assert problems("strategy=zero2", *words) == []

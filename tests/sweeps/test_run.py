@@ -1,0 +1,318 @@
+"""A sweep from its first trial to its table: frozen, resumed, interrupted. A stub stands in for the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_exp import compose
+from rlhf_exp.errors import InputError, Interrupted
+from rlhf_exp.paths import PACKAGE, conf_dir
+from rlhf_exp.sweeps import __main__ as commands
+from rlhf_exp.sweeps import folder, ledger, resume, run
+
+WORDS = ("stage=ppo", "model=tiny", "tracking=none", "-m")
+HERE = "hydra.sweep.dir=sweep"
+
+
+def statuses(place="sweep"):
+    return [state.status for state in ledger.states(Path(place)).values()]
+
+
+def rows(place="sweep"):
+    return json.loads((Path(place) / "table.json").read_text())
+
+
+def test_every_trial_is_frozen_before_the_first_starts(call, pipeline):
+    def look(config):
+        place = Path("sweep")
+        seen.append([(place / str(i) / "trial.yaml").is_file() for i in range(3)])
+        return config.seed / 10
+
+    seen = []
+    pipeline.then = look
+    code, out, err = call(*WORDS, "seed=4,5,6", HERE)
+    assert (code, err, seen[0]) == (0, [], [True] * 3)
+    assert [trial.number for _, _, trial in pipeline.calls] == [0, 1, 2]
+    known = folder.read(Path("sweep"))
+    assert (known["argv"], known["cwd"]) == ([*WORDS, "seed=4,5,6"], os.getcwd())
+    assert (known["sweeper"], known["launcher"], known["mlflow_run_id"]) == ("basic", "basic", None)
+    assert statuses() == ["done"] * 3
+    assert [(row["overrides"], row["objective"]) for row in rows()] == [
+        ({"seed": "4"}, 0.4),
+        ({"seed": "5"}, 0.5),
+        ({"seed": "6"}, 0.6),
+    ]
+    assert "| 1 | 5 | done | 0.5 | - | - | 0:0" in Path("sweep/table.md").read_text()
+    assert "go on" not in out
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A copy of the config tree in the place of ours."""
+    copy = tmp_path / "checkout" / "conf"
+    shutil.copytree(conf_dir(), copy)
+    monkeypatch.setattr(compose, "conf_dir", lambda: copy)
+    monkeypatch.setattr(run, "conf_dir", lambda: copy)
+    return copy
+
+
+@pytest.mark.parametrize("edit", ["values", "gone"])
+def test_an_edit_of_conf_between_trials_changes_nothing(call, pipeline, conf, edit):
+    """Not the trial's own config, nor that of its upstream stages, nor what a group chooses."""
+
+    def change(config):
+        upstream.append(compose.upstream("sft", config, pipeline.calls[-1][1])[0].train.steps)
+        if edit == "gone":
+            shutil.rmtree(conf, ignore_errors=True)
+            return 1.0
+        for name, key, value in (("ppo/default", "lam", 0.123), ("model/tiny", "notes", "edited")):
+            path = conf / f"{name}.yaml"
+            path.write_text(f"{path.read_text()}\n{key}: {value}\n")
+        sft = conf / "stage/sft.yaml"
+        sft.write_text(sft.read_text().replace("defaults:", "train: {steps: 777}\ndefaults:"))
+        return 1.0
+
+    upstream = []
+    pipeline.then = change
+    code, _, err = call(*WORDS, "seed=1,2", "ppo=default,instructgpt", HERE)
+    assert (code, err) == (0, [])
+    (first, *_), (_, *_), (third, *_), _ = pipeline.calls
+    assert (third.seed, first.seed) == (2, 1)
+    assert third.ppo == first.ppo
+    assert third.model == first.model
+    assert len(set(upstream)) == 1 and 777 not in upstream
+
+
+def test_only_what_is_not_done_is_run_again(call, pipeline):
+    def fail(config):
+        if config.seed == 1:
+            raise InputError("no data")
+        if config.seed == 2:
+            raise ZeroDivisionError("here\nand there")
+        return 1.0
+
+    pipeline.then = fail
+    code, out, err = call(*WORDS, "seed=0,1,2,3", HERE)
+    assert (code, statuses()) == (1, ["done", "failed", "failed", "done"])
+    assert err[-2:] == [
+        "error: trial 1 (stage=ppo model=tiny tracking=none seed=1): no data",
+        "error: trial 2 (stage=ppo model=tiny tracking=none seed=2): ZeroDivisionError: here",
+    ]
+    assert "trial 1 (seed=1) failed: no data" in out
+    assert (
+        f"2 of 4 trials are not done; go on: python -m rlhf_exp.sweeps resume {Path('sweep').absolute()}"
+        in out
+    )
+    pipeline.calls.clear()
+    pipeline.then = lambda config: 2.0
+    code, out, err = call(*WORDS, "seed=0,1,2,3", HERE)
+    assert (code, err, statuses()) == (0, [], ["done"] * 4)
+    assert [config.seed for config, *_ in pipeline.calls] == [1, 2]
+    assert [row["objective"] for row in rows()] == [1.0, 2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted("stopped by SIGTERM"), 75)]
+)
+def test_a_signal_ends_the_sweep_with_a_table_and_the_way_on(call, pipeline, error, code):
+    def stop(config):
+        if config.seed == 1:
+            raise error
+        return 1.0
+
+    pipeline.then = stop
+    done, out, err = call(*WORDS, "seed=0,1,2", HERE)
+    assert (done, err) == (code, [])
+    assert [row["status"] for row in rows()] == ["done", "interrupted", "waiting"]
+    assert "2 of 3 trials are not done; go on: python -m rlhf_exp.sweeps resume" in out
+    pipeline.then = lambda config: 1.0
+    assert call(*WORDS, "seed=0,1,2", HERE)[0] == 0
+    assert statuses() == ["done"] * 3
+    assert [config.seed for config, *_ in pipeline.calls] == [0, 1, 1, 2]
+
+
+def test_sigterm_between_trials(call, pipeline):
+    """The handler is there for the whole sweep, not for a stage's steps alone."""
+    import signal
+
+    pipeline.then = lambda config: os.kill(os.getpid(), signal.SIGTERM)
+    code = call(*WORDS, "seed=0,1", HERE)[0]
+    assert (code, [row["status"] for row in rows()]) == (75, ["interrupted", "waiting"])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_trial_that_cannot_run_is_named_before_the_first_starts(call, pipeline):
+    pipeline.then = lambda config: print("it runs") or 1.0
+    code, out, err = call(*WORDS, "ppo.minibatches=1,5", "ppo.batch_size=32,40", HERE)
+    reason = "ppo.minibatches must divide ppo.batch_size, got 5 and 32"
+    assert out.index(f"trial 2 cannot run, the others will: {reason}") < out.index("it runs")
+    assert (code, statuses()) == (2, ["done", "done", "failed", "done"])
+    assert err == [
+        "error: trial 2 (stage=ppo model=tiny tracking=none ppo.minibatches=5 ppo.batch_size=32): " + reason
+    ]
+
+
+def test_a_sweep_may_grow_and_is_not_replaced_by_another(call, pipeline):
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0
+    assert call(*WORDS, "seed=0,1,2", HERE)[0] == 0
+    assert [config.seed for config, *_ in pipeline.calls] == [0, 1, 2]
+    code, _, err = call(*WORDS, "seed=5,6", HERE)
+    assert code == 2
+    assert err == [
+        f"error: {Path('sweep').absolute()} has another trial 0: stage=ppo model=tiny tracking=none seed=0, not "
+        "stage=ppo model=tiny tracking=none seed=5; choose another hydra.sweep.dir"
+    ]
+    (Path("other") / "things").mkdir(parents=True)
+    code, _, err = call(*WORDS, "seed=5,6", "hydra.sweep.dir=other")
+    assert (code, len(err)) == (2, 1)
+    assert "is no sweep, and not empty" in err[0]
+    assert len(pipeline.calls) == 3
+
+
+def test_where_trials_are_is_not_for_users_to_say(call, pipeline):
+    code, _, err = call(*WORDS, "seed=0,1", "hydra.sweep.subdir=x")
+    assert (code, err) == (2, ["error: hydra.sweep.subdir: leave it out, the folders of trials are numbered"])
+
+
+def test_a_folder_with_blanks_and_quotes(call, pipeline):
+    place = "a sweep, it's=[mine]"
+    assert call(*WORDS, "seed=0,1", f'hydra.sweep.dir="{place}"')[0] == 0
+    assert statuses(place) == ["done", "done"]
+
+
+def test_the_options_of_another_folder_are_frozen_too(call, pipeline, tmp_path):
+    more = tmp_path / "more" / "model" / "mine.yaml"
+    more.parent.mkdir(parents=True)
+    more.write_text("# My model.\nname: mine\nlora_targets: [q]\n")
+
+    def change(config):
+        sft = compose.upstream("sft", config, pipeline.calls[-1][1])[0]
+        names.append((config.model.name, sft.model.name))
+        more.unlink(missing_ok=True)
+        return 1.0
+
+    names = []
+    pipeline.then = change
+    words = (
+        "stage=ppo",
+        "model=mine,tiny",
+        "tracking=none",
+        "-m",
+        "--config-dir",
+        str(tmp_path / "more"),
+        HERE,
+    )
+    assert call(*words)[0] == 0
+    assert names == [("mine", "mine"), ("tiny", "tiny")]
+
+
+# ---------------------------------------------------------------- the frozen code
+
+
+def test_a_process_on_the_frozen_code_sees_nothing_else(tmp_path):
+    """Not even from within the checkout, where `python -m` looks first."""
+    folder.create(tmp_path / "sweep", [], conf=conf_dir())
+    script = "import rlhf_exp; from rlhf_exp.paths import *; print(rlhf_exp.__file__, conf_dir())"
+    done = subprocess.run(
+        [*folder.python(), "-c", script],
+        env=folder.environment(tmp_path / "sweep"),
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code = tmp_path / "sweep" / "code"
+    assert done.stdout.split() == [str(code / "rlhf_exp/__init__.py"), str(code / "conf")]
+    assert not list(code.rglob("__pycache__"))
+    assert (code / "rlhf_exp/data/reviews.jsonl").is_file()
+
+
+def test_the_commit_is_known_to_the_frozen_code(tmp_path):
+    from rlhf_exp.store.frozen import git_state
+
+    folder.create(tmp_path / "sweep", [], conf=conf_dir())
+    assert git_state(tmp_path / "sweep/code/rlhf_exp") == git_state(PACKAGE)
+
+
+def test_a_sweep_of_a_process_goes_on_on_the_frozen_code(pipeline, monkeypatch, tmp_path):
+    class Become(Exception):
+        pass
+
+    def execve(path, command, environment):
+        became.append((path, command, environment))
+        raise Become
+
+    became = []
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "argv", ["rlhf_exp", *WORDS, "seed=0,1", HERE, "-cd", str(tmp_path)])
+    from rlhf_exp import cli
+
+    assert cli.main() == 1  # Become is none of ours
+    ((path, command, environment),) = became
+    place = Path("sweep").absolute()
+    words = [*WORDS, "seed=0,1", "-cd", str(place / "code/config_dir"), f"hydra.sweep.dir='{place}'"]
+    assert command == [sys.executable, "-P", "-m", "rlhf_exp", *words]
+    assert path == sys.executable
+    assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [
+        str(place / "code"),
+        str(place / "code/launchers"),
+    ]
+    assert not pipeline.calls
+
+
+def test_the_short_command_goes_on(call, pipeline, monkeypatch, tmp_path):
+    became = []
+    monkeypatch.setattr(resume, "become", lambda path, argv: became.append((path, argv, os.getcwd())))
+    pipeline.then = lambda config: 1 / config.seed
+    call(*WORDS, "seed=0,1", HERE)
+    place, here = Path("sweep").absolute(), os.getcwd()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert commands.main(["resume", str(place)]) == 0
+    assert became == [(place, [*WORDS, "seed=0,1"], here)]
+    marker = place / "code" / "rlhf_exp" / "marker"
+    marker.touch()
+    commands.main(["resume", str(place), "--new-code"])
+    assert not marker.exists()
+
+
+def test_trials_that_were_stopped_early_go_to_their_end_on_demand(call, pipeline, monkeypatch):
+    from rlhf_exp.errors import Pruned
+
+    def stop(config):
+        if config.early_stop.rule == "median":
+            raise Pruned("step 3: worse than the others")
+        return 1.0
+
+    pipeline.then = stop
+    words = (*WORDS, "seed=0,1", "early_stop.rule=median", HERE)
+    code, out, err = call(*words)
+    assert (code, err, [row["status"] for row in rows()]) == (0, [], ["stopped", "stopped"])
+    assert "trial 1 (seed=1) stopped: step 3: worse than the others" in out
+    assert call(*words)[0] == 0
+    assert len(pipeline.calls) == 2, "a resumed sweep leaves them alone"
+    monkeypatch.setattr(resume, "become", lambda path, argv: None)
+    commands.main(["resume", "sweep", "--stopped"])
+    assert call(*words)[0] == 0
+    assert statuses() == ["done", "done"]
+    early = yaml.safe_load(Path("sweep/0/trial.yaml").read_text())["config"]["early_stop"]
+    assert (early["rule"], early["guards"]) == ("none", False)
+
+
+def test_show_and_a_folder_that_is_no_sweep(call, pipeline, capsys):
+    call(*WORDS, "seed=0,1", HERE)
+    assert commands.main(["show", "sweep"]) == 0
+    assert "0.5" in capsys.readouterr().out
+    assert commands.main(["show", "nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {Path('nowhere').absolute()} is no sweep's folder: it has no sweep.json; sweeps are in "
+        "multirun/results\n"
+    )
