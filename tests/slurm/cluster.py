@@ -282,6 +282,8 @@ class Cluster:
 def main(folder: str) -> None:
     with Cluster(folder) as cluster:
         print(f"up: {', '.join(cluster.nodes)}; export SLURM_CONF={cluster.root}/slurm.conf", flush=True)
+        # only now: the daemons would inherit it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
