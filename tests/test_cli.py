@@ -94,7 +94,7 @@ BAD = [
     # what another stage has
     (["stage=sft", "ppo.kl_coef=0.1"], ["stage sft has no key ppo.kl_coef; ppo and pipeline have it"]),
     (["stage=sft", "ppo=default"], ["stage sft has no group ppo; ppo and pipeline have it"]),
-    (["stage=reward", "generation=sample"], ["stage reward has no group generation; prefer, ppo, ilql, eval and pipeline have it"]),
+    (["stage=reward", "generation=sample"], ["stage reward has no group generation; prefer, ppo, ilql, rft, eval and pipeline have it"]),
     (["stage=sft", "reward.center=false"], ["stage sft has no key reward.center; reward has it"]),
     # around the schema
     (["stage=ppo", "+ppo.foo=1"], ["unknown key ppo.foo"]),
@@ -520,7 +520,7 @@ def test_the_help_page_names_every_option(run, words):
             place = 1 if group == "experiment" else 0
             assert f"{option} {' '.join(conftree.comments(path)[place].split())}" in flat
     assert "model=... (default smollm2_135m; all stages but report)" in flat
-    assert "reward_source=... (default learned; stages ppo, ilql, eval, pipeline)" in flat
+    assert "reward_source=... (default learned; stages ppo, ilql, rft, eval, pipeline)" in flat
 
 
 def test_the_page_as_a_process_is_plain_and_needs_no_hydra():

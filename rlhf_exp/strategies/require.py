@@ -140,14 +140,13 @@ def _zero(config: Run, zero: Any) -> Iterator[str]:
             yield from _folder(f"{KEY}.zero_optimization.{part}.nvme_path", section.get("nvme_path"))
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-        from pydantic import ValidationError
     except Exception as error:  # a package that is there and cannot be used says anything
         reason = str(error).strip().partition("\n")[0]
         yield f"strategy={name} needs the package deepspeed, which cannot be imported: {reason}"
         return
     try:
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key != "stage"})
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's own is one
         for problem in error.errors():
             place = ".".join(map(str, problem["loc"]))
             yield f"{KEY}.zero_optimization.{place}: {problem['msg']}, got {problem['input']!r}"

@@ -447,10 +447,10 @@ def test_a_dry_run_prints_and_makes_nothing(cli, tmp_path, monkeypatch, model, s
     trained = ["sft", "reward", "ppo"] + (["eval"] if stage == "pipeline" else [])
     assert re.findall(r"^stage    (\w+) [0-9a-f]{6} \(will be trained\)$", out, re.M) == trained
     if model == "baichuan7b":
-        # 7e9 parameters of two bytes; r=16 on W_pack, taken as square: 32 layers x 2 x 16 x 4096 of 16 bytes
-        assert "base 14.00 GB (7 B parameters in bfloat16), held once" in out
-        assert "sft    + adapter 67 MB" in out
-        assert "the bases alone take 56.00 GB" in out
+        # 7e9 parameters of two bytes; r=16 on W_pack of 4096 x 12288: 32 layers x 16 x (4096 + 12288) of 4 bytes
+        assert re.search(r"^base +│ parameters +│ always +│ +14.00 GB *$", out, re.M)
+        assert re.search(r"^policy +│ parameters +│ always +│ +34 MB *$", out, re.M)
+        assert "four separate models: 56.00 GB for their weights, the one base here 14.00 GB" in out
 
 
 def test_a_dry_run_finds_bad_input_too(refused):

@@ -110,8 +110,9 @@ def test_without_sft_the_base_is_the_reference(cli, tmp_path):
     result = cli.call(*words, f"output_dir={tmp_path / 'out'}")
     assert result.code == 0, result.err
     assert "ref    = base tiny" in result.out.splitlines()
-    (line,) = [line for line in result.out.splitlines() if line.startswith("dpo")]
-    assert "policy" in line and "ref" in line and "activations" in line
+    assert "dpo: tiny, 0.000107 B parameters" in result.out
+    roles = [line.split("│")[0].strip() for line in result.out.splitlines() if "│ parameters" in line]
+    assert roles == ["base", "policy"]  # no adapter of the reference's: it is the base
 
 
 @pytest.mark.parametrize(

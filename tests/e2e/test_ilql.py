@@ -78,11 +78,13 @@ def test_a_dry_run_reckons_with_the_heads(cli, nothing_loads, tmp_path):
             "stage=ilql", "model=baichuan7b", *LENGTH, f"ilql.head={head}", "dry_run=true", output
         )
         assert result.code == 0, result.err
-        (line,) = [line for line in result.out.splitlines() if line.startswith("ilql")]
-        found[head] = line
-    # 2 twins * 20 bytes * (2 * 4096^2 + 2 * 4096 * 64000), and * 4 * 4096^2
-    assert "heads 22.31 GB" in found["mlp"]
-    assert "heads 2.68 GB" in found["tied"]
+        rows = [[cell.strip() for cell in line.split("│")] for line in result.out.splitlines()]
+        found[head] = {(row[0], row[1]): row[-1] for row in rows if len(row) == 4}
+    # 2 twins * 4 bytes * (2 * 4096^2 + 2 * 4096 * 64000); the trained ones with V's 2 * 4096^2 besides
+    assert found["mlp"]["lagging Q heads", "parameters"] == "4.46 GB"
+    assert found["mlp"]["Q and V heads", "parameters"] == "4.60 GB"
+    assert found["mlp"]["Q and V heads", "optimiser"] == "9.19 GB"
+    assert found["tied"]["lagging Q heads", "parameters"] == "0.54 GB"  # 2 * 4 bytes * 4 * 4096^2
 
 
 @pytest.mark.parametrize(

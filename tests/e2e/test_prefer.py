@@ -159,7 +159,7 @@ def test_a_gold_that_labels_is_noted(cli):
         ),
         (
             ["prefer.policies=[stf]"],
-            "prefer.policies[0]=stf: policies are sft, base, ppo, dpo, kto, or the folder",
+            "prefer.policies[0]=stf: policies are sft, base, ppo, dpo, kto, rft, or the folder",
         ),
         (["prefer.policies=[./nothing]"], "prefer.policies[0]=./nothing: there is no such folder"),
         (["prefer.rounds=2"], "prefer.rounds is of stage=ppo and pipeline"),

@@ -89,6 +89,7 @@ TABLE: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any], dict[str, Any
         {"n_layer": 2, "hidden_size": 36, "n_head": 6},  # not a power of two: the slopes have another rule
     ),
     "llama2_7b": (("LlamaConfig", {}), _sizes(32, 4096, 11008, 32), _sizes(2, 32, 64, 4)),
+    "llama2_70b": (("LlamaConfig", {}), _sizes(80, 8192, 28672, 64, 8), _sizes(2, 32, 64, 4, 2)),
     "llama3_8b": (("LlamaConfig", {}), _sizes(32, 4096, 14336, 32, 8), _sizes(2, 32, 64, 4, 2)),
     "qwen2.5_0.5b": (
         ("Qwen2Config", {"tie_word_embeddings": True}),

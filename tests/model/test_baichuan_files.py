@@ -96,8 +96,8 @@ def test_a_model_drawn_from_its_config_has_a_folded_head(tmp_path):
     baichuan.register()
     folder = write_baichuan(tmp_path / "model", "baichuan2-13b")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    assert model.dtype == torch.bfloat16  # rounds each number by at most 2^-9 of itself, and so the norm
-    assert (model.lm_head.weight.double().norm(dim=1) - 1).abs().max() <= 2**-9
+    assert model.dtype == torch.bfloat16  # rounds each number by at most 2^-8 of itself, and so the norm
+    assert (model.lm_head.weight.double().norm(dim=1) - 1).abs().max() <= 2**-8
     assert model.config.norm_head is False
 
 

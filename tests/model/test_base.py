@@ -81,7 +81,7 @@ def test_a_plan_is_refused_before_anything_is_read_or_fetched(monkeypatch):
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     monkeypatch.setattr(base_model, "content_hash", lambda *a: pytest.fail("read"))
-    config = SimpleNamespace(model=with_keys(quantization="4bit"), device="cpu", seed=0)
+    config = SimpleNamespace(model=with_keys(quantization="4bit"), device="cpu", seed=0, dry_run=False)
     with pytest.raises(InputError, match="needs the package bitsandbytes"):
         plan.base_facts(config, download=False)
 

@@ -157,7 +157,7 @@ def test_references_are_scored_with_the_faults_of_the_answers(
     """What is subtracted from a squashed score of a text without EOS is one, too."""
     asked = []
 
-    def score(*arguments):
+    def score(*arguments, **_):
         asked.append(arguments[4])
         return [2.0, -1.0]
 

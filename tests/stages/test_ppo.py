@@ -366,7 +366,7 @@ def good(base) -> set[int]:
 def learned(base, good, tmp_path_factory):
     """A run whose reward is the share of good tokens among two."""
 
-    def share(source, roles, heads, prompts, responses, size, figures):
+    def share(source, roles, heads, prompts, responses, *_):
         return [sum(token in good for token in response) / len(response) for response in responses]
 
     folder = RunFolder(tmp_path_factory.mktemp("learned") / "run", "ppo", "0" * 64)

@@ -31,7 +31,9 @@ def test_a_reference_is_scored_once_as_the_reward_model_was_trained(
     asked = []
     sound = references.score
     monkeypatch.setattr(
-        references, "score", lambda *arguments: asked.append(arguments[3:5]) or sound(*arguments)
+        references,
+        "score",
+        lambda *arguments, **more: asked.append(arguments[3:5]) or sound(*arguments, **more),
     )
     prompts = [SimpleNamespace(id=i, reference=f"fine {i}") for i in (7, 8, 7)]
     encoded = [[5, 6], [8], [5, 6]]
@@ -57,8 +59,8 @@ def test_a_reference_is_scored_once_as_the_reward_model_was_trained(
 
 def test_score_minus_ref_is_reported_and_paid(base, adapters, context, ppo_config, monkeypatch):
     config = ppo_config({"score_scaling": "reference", "whiten_advantages": False, "kl_coef": 0.0})
-    monkeypatch.setattr(references, "score", lambda *_: REFERENCES.tolist())
-    monkeypatch.setattr(ppo, "score", lambda *_: SCORES.tolist())
+    monkeypatch.setattr(references, "score", lambda *_, **__: REFERENCES.tolist())
+    monkeypatch.setattr(ppo, "score", lambda *_, **__: SCORES.tolist())
     with Roles(base) as roles:
         actors = build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
         metrics = iterate(config, actors)

@@ -15,12 +15,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
-
-from browser import CHROMIUM, SWITCHES  # noqa: E402
+sys.path[:0] = [str(ROOT)]
 
 from rlhf_exp.sweeps import collect, folder  # noqa: E402
 from rlhf_exp.tracking import tracking_uri  # noqa: E402
+from tests.evaluation.browser import CHROMIUM, SWITCHES  # noqa: E402
 
 SIZE = "1900,760"
 WAIT = (
