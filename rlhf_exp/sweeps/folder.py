@@ -141,10 +141,15 @@ def _copy(source: Path, target: Path, without: Sequence[str] = ()) -> None:
 
 
 def _copy_configs(source: Path, target: Path) -> None:
-    """The YAML files alone: the folder may be the working directory, with everything in it."""
+    """The YAML files alone: the folder may be the working directory, with everything in it.
+
+    Left out is what sweeps have frozen, this one and others.
+    """
+    source, sweep = source.absolute(), target.absolute().parents[1]
     target.mkdir(parents=True)
     for file in [*source.rglob("*.yaml")]:
-        if target.parents[2] not in file.parents:  # not of another sweep's frozen code, nor of this one's
+        above = file.parents[: len(file.relative_to(source).parts) - 1]
+        if not any(folder == sweep or is_sweep(folder) for folder in above):
             place = target / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)

@@ -210,7 +210,8 @@ def test_the_options_of_another_folder_are_frozen_too(call, pipeline, tmp_path):
         str(tmp_path / "more"),
         HERE,
     )
-    assert call(*words)[0] == 0
+    code, _, err = call(*words)
+    assert (code, err) == (0, [])
     assert names == [("mine", "mine"), ("tiny", "tiny")]
 
 
