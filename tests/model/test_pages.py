@@ -32,5 +32,5 @@ def test_blocks_that_come_again_cost_no_new_pages():
         kind: int(subprocess.check_output([sys.executable, "-c", COUNT, kind], text=True))
         for kind in ("kept", "plain")
     }
-    assert faults["kept"] < 200
+    assert faults["kept"] < 2 * 2048  # where the blocks fit may change once: a block of 2,048 pages
     assert faults["plain"] > 10 * faults["kept"]
