@@ -144,9 +144,4 @@ def test_without_sft_the_base_is_the_reference(cli, tmp_path):
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
 def test_what_is_refused(cli, nothing_loads, tmp_path, words, message):
-    chosen = {word.split("=")[0] for word in words}
-    common = [word for word in COMMON if word.split("=")[0] not in chosen]
-    result = cli.call(*words, *common, f"output_dir={tmp_path / 'out'}")
-    assert result.code == 2
-    assert any(message in line for line in result.errors), result.err
-    assert not any("Traceback" in line for line in result.errors)
+    cli.refuses(words, COMMON, message, tmp_path)

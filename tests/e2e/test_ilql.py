@@ -107,12 +107,7 @@ def test_a_dry_run_reckons_with_the_heads(cli, nothing_loads, tmp_path):
     ids=str,
 )
 def test_what_is_refused(cli, nothing_loads, tmp_path, words, message):
-    words = [
-        word for word in (*SHORT, *LENGTH) if word.split("=")[0] not in {w.split("=")[0] for w in words}
-    ] + words
-    result = cli.call(*words, f"output_dir={tmp_path / 'out'}")
-    assert result.code == 2
-    assert any(message in line for line in result.errors), result.err
+    cli.refuses(words, (*SHORT, *LENGTH), message, tmp_path)
 
 
 # ---------------------------------------------------------------- random walks

@@ -221,6 +221,8 @@ def test_the_options_of_another_folder_are_frozen_too(call, pipeline, tmp_path):
 def test_a_process_on_the_frozen_code_sees_nothing_else(tmp_path):
     """Not even from within the checkout, where `python -m` looks first."""
     folder.create(tmp_path / "sweep", [], conf=conf_dir())
+    code = tmp_path / "sweep" / "code"
+    assert not list(code.rglob("__pycache__"))  # the checkout's own; a process may then write new ones
     script = "import rlhf_exp; from rlhf_exp.paths import *; print(rlhf_exp.__file__, conf_dir())"
     done = subprocess.run(
         [*folder.python(), "-c", script],
@@ -230,9 +232,7 @@ def test_a_process_on_the_frozen_code_sees_nothing_else(tmp_path):
         text=True,
         check=True,
     )
-    code = tmp_path / "sweep" / "code"
     assert done.stdout.split() == [str(code / "rlhf_exp/__init__.py"), str(code / "conf")]
-    assert not list(code.rglob("__pycache__"))
     assert (code / "rlhf_exp/data/reviews.jsonl").is_file()
 
 
