@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,16 +77,18 @@ def layers(dtype: torch.dtype) -> Iterator[tuple[str, list[Way]]]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    from rlhf_exp.model import fused, lora_linear
+    from rlhf_exp.model import frozen_linear, fused, lora_linear
 
     d, m = SHAPE.hidden, SHAPE.intermediate
     x = torch.randn(ROWS, TOKENS, d).to(dtype).requires_grad_()
     norm = LlamaRMSNorm(d).to(dtype).requires_grad_(False)
     yield "RMSNorm", [through(norm.forward, x), through(lambda x: fused.norm_forward(norm, x), x)]
     mlp = LlamaMLP(LlamaConfig(hidden_size=d, intermediate_size=m)).to(dtype).requires_grad_(False)
+    ours = deepcopy(mlp)
+    frozen_linear.install(ours)
     yield (
         f"gated MLP {d} -> {m} -> {d}",
-        [through(mlp.forward, x), through(lambda x: fused.mlp_forward(mlp, x), x)],
+        [through(mlp.forward, x), through(lambda x: fused.mlp_forward(ours, x), x)],
     )
     model = torch.nn.Sequential(torch.nn.Linear(d, m, bias=False)).to(dtype)
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=["0"])
