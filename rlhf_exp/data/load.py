@@ -152,11 +152,12 @@ def load_view(dataset: Dataset, view: str, split: str) -> list[Record]:
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}, there are {', '.join(SPLITS)}")
-    if split == "heldout" and dataset.evaluate_on == "train":
-        split = "train"
+    may_be_empty = split == "validation" and dataset.validation_share == 0
+    if split == "heldout":
+        split = dataset.evaluate_on
     records, _, _ = _view(dataset, view)
     found = [r for r in records if _split(r, dataset) == split and not _other_half(r, dataset, split)]
-    if not found and not (split == "validation" and dataset.validation_share == 0):
+    if not found and not may_be_empty:
         raise InputError(_empty_split(dataset, view, split, len(records)))
     if split == "train" and 0 < dataset.limit < len(found):
         kept = sorted(range(len(found)), key=lambda i: found[i].id)[: dataset.limit]

@@ -22,7 +22,7 @@ from rlhf_exp.model.loading import OURS_ONLY
 from rlhf_exp.model.roles import PREFIX, Roles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 SHARD = "5GB"
 NEW_PAD = "<|pad|>"
@@ -116,6 +116,9 @@ def write_merged(
                 f"the reward model cannot be written: this architecture's class wants {missing[0]}"
             )
         _grow(state, base, config.vocab_size)
+    else:
+        config.eos_token_id = base.eos_id
+        _generation(base, config).save_pretrained(folder)
     config.dtype = dtype
     config.save_pretrained(folder)
     save_torch_state_dict(state, folder, max_shard_size=SHARD, metadata={"format": "pt"})
@@ -127,6 +130,20 @@ def published_config(base: Base) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base.path, **OURS_ONLY)
+
+
+def _generation(base: Base, config: PreTrainedConfig) -> GenerationConfig:
+    """What `generate` is to do: as the base's files say, but an answer ends at the EOS that was trained, too."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(base.path)
+    except OSError:  # no such file
+        found = GenerationConfig.from_model_config(config)
+    given = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+    ends = list(dict.fromkeys([base.eos_id, *(token for token in given if token is not None)]))
+    found.eos_token_id = ends if len(ends) > 1 else base.eos_id
+    return found
 
 
 def _as_classifier(config: PreTrainedConfig, pad_id: int) -> PreTrainedConfig:

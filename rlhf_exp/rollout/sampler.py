@@ -29,6 +29,11 @@ def restricts(generation: Generation) -> bool:
     return not generation.greedy and (generation.top_k > 0 or generation.top_p < 1 or generation.min_p > 0)
 
 
+def reshapes(generation: Generation) -> bool:
+    """Whether answers come from another distribution than the model's own at temperature 1 (forbidden tokens apart)."""
+    return restricts(generation) or generation.temperature != 1 or generation.repetition_penalty != 1
+
+
 def records(generation: Generation) -> bool:
     """Whether log-probs need the kept sets of the rollout."""
     return restricts(generation) and generation.logprob_mode == "sampled"

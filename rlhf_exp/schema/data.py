@@ -133,8 +133,8 @@ class Dataset:
     heldout_share: float = leaf(0.1, doc="Share of prompts (by hash) that only `eval` sees.", ge=0, lt=1)
     evaluate_on: str = leaf(
         "heldout",
-        doc="The prompts of `eval`; train: those that were trained on, for closed worlds such as randomwalks.",
-        choices=("heldout", "train"),
+        doc="The prompts of `eval`; validation: to choose settings by; train: for closed worlds such as randomwalks.",
+        choices=("heldout", "validation", "train"),
     )
     limit: int = leaf(0, doc="At most this many training rows; 0 takes all.", ge=0)
     half: str | None = leaf(

@@ -16,7 +16,7 @@ def require_apart(plan: Plan) -> None:
     shares, or another dataset that holds some of the same prompts, can.
     """
     config = plan.target.config
-    if plan.target.stage != "eval" or config.dataset.evaluate_on != "heldout":
+    if plan.target.stage != "eval" or config.dataset.evaluate_on == "train":
         return
     heldout = {opening_id(record.prompt) for record in load_view(config.dataset, "prompts", "heldout")}
     problems = []

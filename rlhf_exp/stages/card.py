@@ -98,11 +98,13 @@ def _policy(facts: Facts) -> list[str]:
         lines.append("model = PeftModel.from_pretrained(base, folder).eval()")
     else:
         lines.append("model = AutoModelForCausalLM.from_pretrained(folder).eval()")
+    # the base's own files may name another token; a merged export names the one that was trained itself
+    ends = ", eos_token_id=tokenizer.eos_token_id" if facts.lora else ""
     return [
         *lines,
         "",
         *_prompt(facts),
-        "output = model.generate(**inputs, max_new_tokens=64)",
+        f"output = model.generate(**inputs, max_new_tokens=64{ends})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
     ]
 

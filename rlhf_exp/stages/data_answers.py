@@ -44,7 +44,7 @@ def kind_of(config: Run) -> str | None:
     except InputError as error:
         hint = "eval scores the demonstrations beside the policies; dataset.views.demonstrations=null leaves them out"
         raise InputError([f"{problem} ({hint})" for problem in error.problems]) from error
-    return DEMONSTRATIONS if records["train" if data.evaluate_on == "train" else "heldout"] else None
+    return DEMONSTRATIONS if records[data.evaluate_on] else None
 
 
 def fingerprints(config: Run) -> dict[str, str]:

@@ -15,7 +15,8 @@ from rlhf_exp.algorithms.logprob import LinearLogprobs
 from rlhf_exp.algorithms.masked import Moments, masked_mean, masked_sum, whiten
 from rlhf_exp.algorithms.ppo import explained_variance
 from rlhf_exp.rollout.engine import Rollout
-from rlhf_exp.rollout.scoring import answer_logprobs, answers, chosen, hidden_before
+from rlhf_exp.rollout.sampler import reshapes
+from rlhf_exp.rollout.scoring import answer_logprobs, answers, chosen, hidden_before, untruncated_kl
 from rlhf_exp.schema import PPO, PPORun
 from rlhf_exp.stages import faults
 from rlhf_exp.stages.actors import Actors, states, values
@@ -75,6 +76,7 @@ class Seen(NamedTuple):
     values: Tensor
     entropy: Tensor
     kept_mass: Tensor
+    kl: Tensor  # exact, of the models' own distributions at temperature 1; 0 where the sampler draws from these
 
 
 def shape_scores(
@@ -131,9 +133,11 @@ def look(
             keep.append(Forward(rows, hidden, read, now, state_of(actors)))
         ref_hidden = faults.ref_hidden(config.ppo, hidden_before(actors.roles, actors.ref, batch))
         ref = answer_logprobs(base, ref_hidden, batch, config.generation, entropy=False)
-        found = Seen(now.logprobs, ref.logprobs, values(actors, read), now.entropy, now.kept_mass)
+        found = Seen(now.logprobs, ref.logprobs, values(actors, read), now.entropy, now.kept_mass, None)
         if not counts:
             continue
+        if reshapes(config.generation):
+            found = found._replace(kl=untruncated_kl(base, hidden.detach(), ref_hidden))
         for whole, part in zip(seen, found, strict=True):
             if part is not None:
                 whole[batch.rows] = padded(chosen(part, batch), batch.steps)
@@ -175,6 +179,8 @@ def prepare(
         "rollout/logprob_difference": difference.mean(),
         "rollout/logprob_difference_max": difference.max(),
     }
+    if reshapes(config.generation):
+        metrics["objective/kl_untruncated"] = seen.kl.sum() / len(scores)
     if actors.value_head is not None:
         metrics["critic/explained_variance"] = explained_variance(seen.values, returns, mask)
     first = () if keep is None else (keep,)

@@ -35,7 +35,7 @@ from rlhf_exp.stages.context import ADAPTER, HEADS_FILE, ILQL, Context
 from rlhf_exp.stages.experience import padded
 from rlhf_exp.stages.ilql_eval import evaluate
 from rlhf_exp.stages.optim import adamw, schedule
-from rlhf_exp.stages.order import batch_of
+from rlhf_exp.stages.order import piece_of
 from rlhf_exp.stages.written import rows_of, written
 
 SHOW = (
@@ -96,7 +96,7 @@ def run(config: ILQLRun, context: Context) -> dict[str, float]:
                 context, steps, log, lambda: checkpoint.state_of(*parts) | {"metrics": metrics}
             ) as keeper:
                 for step in range(found.step + 1, steps + 1):
-                    rows = batch_of(len(data.rewards), config.train.batch_size, config.seed, step)
+                    rows = piece_of(len(data.rewards), config.train.batch_size, config.seed, step)
                     metrics = update(config, roles, heads, data.rows(rows), optimizer, parameters)
                     log.step(step, metrics | {"optim/lr": scheduler.get_last_lr()[0]})
                     scheduler.step()

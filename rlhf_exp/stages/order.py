@@ -19,6 +19,15 @@ def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
+def piece_of(count: int, size: int, seed: int, step: int) -> list[int]:
+    """The rows of optimiser step `step` (from 1) in passes over `count` rows: of each pass the last may be smaller.
+
+    As the Trainer of SFT cuts its epochs, so that an epoch is one pass whatever learns from it.
+    """
+    epoch, piece = divmod(step - 1, -(-count // size))
+    return _shuffle(count, seed, epoch)[piece * size : (piece + 1) * size]
+
+
 def minibatches(rollout: Rollout, config: PPORun, step: int) -> Plan:
     """Rows of every micro-batch of every minibatch of every epoch; on several ranks those of all, in turn."""
     ppo, count = config.ppo, len(rollout.prompts)

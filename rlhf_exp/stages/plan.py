@@ -38,7 +38,11 @@ from rlhf_exp.store.runs import RunFolder, find
 
 # each stage comes after all that it can stand on
 ORDER = ("sft", "prefer", "reward", "probe", "ppo", "ilql", "dpo", "kto", "rft", "eval", "export")
-FIRST, SECOND = "first", "second"  # of the comparisons: for the reward model, for the gold scorer
+FIRST, SECOND = (
+    "first",
+    "second",
+)  # of the comparisons: for COMPARING, for the gold scorer that judges what they make
+COMPARING = ("reward", "dpo", "kto")
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
 
@@ -154,17 +158,17 @@ def _parents(node: Node, nodes: Mapping[str, Node], new_base: bool) -> dict[str,
 
 
 def _half(name: str, nodes: dict[str, Node]) -> str | None:
-    """The half of the comparisons that a reward model is trained on; None: all, there is no gold to be kept apart."""
+    """The half of the comparisons that a stage is trained on; None: all, there is no gold to be kept apart."""
     if name == GOLD:
         return SECOND
     sources = (n.config.reward_source for n in nodes.values() if hasattr(n.config, "reward_source"))
-    return FIRST if stage_of(name) == "reward" and any(s.gold == LEARNED for s in sources) else None
+    return FIRST if stage_of(name) in COMPARING and any(s.gold == LEARNED for s in sources) else None
 
 
 def _shared_comparisons(nodes: dict[str, Node]) -> Iterator[str]:
-    """That reward model and gold scorer are trained on the same rows, because of what `upstream` says."""
+    """That what gold is to judge and the gold scorer are trained on the same rows, because of what `upstream` says."""
     gold = nodes.get(GOLD)
-    rivals = (node for node in nodes.values() if node.stage == "reward" and node is not gold)
+    rivals = (node for node in nodes.values() if node.stage in COMPARING and node is not gold)
     for node in rivals if gold else ():
         if not node.data or node.data != gold.data:
             continue
@@ -172,8 +176,8 @@ def _shared_comparisons(nodes: dict[str, Node]) -> Iterator[str]:
         if set(halves) != {FIRST, SECOND}:
             ours, golds = ("null" if half is None else half for half in halves)
             yield (
-                f"reward_source.gold=learned needs comparisons that the reward model is not trained on, but "
-                f"dataset.half is {ours} in upstream.reward and {golds} in upstream.gold: leave them out"
+                f"reward_source.gold=learned needs comparisons that {node.name} is not trained on, but "
+                f"dataset.half is {ours} in upstream.{node.name} and {golds} in upstream.gold: leave them out"
             )
 
 

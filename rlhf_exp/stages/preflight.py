@@ -39,7 +39,7 @@ from rlhf_exp.store.preflight import require_space, require_writable
 from rlhf_exp.strategies import require
 
 SPLITS = {"sft": ("train",), "reward": ("train", "validation"), "ppo": ("train",), "eval": ("heldout",)}
-SPLITS |= {"ilql": ("train",), "probe": (), "prefer": ("train", "validation")}
+SPLITS |= {"ilql": ("train", "validation"), "probe": (), "prefer": ("train", "validation")}
 SPLITS |= {"dpo": ("train", "validation"), "kto": ("train", "validation"), "rft": ("train",)}
 SPARE = 100e6  # bytes for logs, tables, figures and MLflow's database
 

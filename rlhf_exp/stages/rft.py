@@ -34,7 +34,7 @@ from rlhf_exp.stages.checkpoint import Keeper
 from rlhf_exp.stages.context import ADAPTER, SELECTED, Context
 from rlhf_exp.stages.ilql import put_roles
 from rlhf_exp.stages.optim import adamw, schedule
-from rlhf_exp.stages.order import batch_of
+from rlhf_exp.stages.order import piece_of
 from rlhf_exp.stages.prefer import said
 from rlhf_exp.stages.selection import Tally, of_round, select
 from rlhf_exp.stages.written import rows_of, written
@@ -130,9 +130,9 @@ class Run:
         training = self.training = Training(config, self.roles, course, self.saved)
         self.saved = None
         log.expect(self.step + training.steps - course.steps + self.later(training.steps))
-        seed, size = row_key(config.seed, course.round, 0), min(config.train.batch_size, len(course.rows))
+        seed, size = row_key(config.seed, course.round, 0), config.train.batch_size
         for number in range(course.steps + 1, training.steps + 1):
-            rows = batch_of(len(course.rows), size, seed, number)
+            rows = piece_of(len(course.rows), size, seed, number)
             metrics = update(config, self.roles, rows_of(training.rollout, rows), training)
             course.losses += metrics["train/loss"]
             course.steps, self.step = number, self.step + 1

@@ -25,6 +25,7 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.store.hashing import sha256_file_cached
 
 FULL = "lora.full"
+EVALUATE_ON = "dataset.evaluate_on"
 FORMAT = 1  # of the document that is hashed; a change makes every old key unknown
 
 
@@ -82,10 +83,13 @@ def of_adapter(key: str) -> bool:
 def canonical(config: Any) -> dict[str, Any]:
     """The keyed leaves of a config dataclass: {"optim.lr": 0.0001, ...}, sorted, in plain JSON types.
 
-    Where all weights are trained (lora.full) there is no adapter, and what shapes one is left out. A leaf without a
-    value (???) is a ValueError, a value of another type than the declared one a TypeError.
+    Where all weights are trained (lora.full) there is no adapter, and what shapes one is left out. On which prompts is
+    evaluated counts in an evaluation alone. A leaf without a value (???) is a ValueError, a value of another type than
+    the declared one a TypeError.
     """
     found = dict(sorted(_keyed(config)))
+    if EVALUATE_ON in found and config.stage not in ("eval", "pipeline"):
+        found[EVALUATE_ON] = "heldout"
     if found.get(FULL) is True:
         found = {key: value for key, value in found.items() if not of_adapter(key)}
     return found

@@ -202,6 +202,19 @@ def test_the_evaluation_is_on_the_prompts_of_the_training():
         load_view(dataset(evaluate_on="heldout"), "prompts", "heldout")
 
 
+def test_an_evaluation_to_choose_by_is_on_validation_prompts():
+    shares = {"validation_share": 0.3, "heldout_share": 0.3}
+    splits = {
+        name: {p.prompt for p in load_view(dataset(evaluate_on="heldout", **shares), "prompts", name)}
+        for name in ("train", "validation", "heldout")
+    }
+    chosen = dataset(evaluate_on="validation", **shares)
+    assert {p.prompt for p in load_view(chosen, "prompts", "heldout")} == splits["validation"]
+    assert not splits["validation"] & splits["heldout"] and not splits["validation"] & splits["train"]
+    with pytest.raises(InputError, match="none of the 20 records falls into the validation split"):
+        load_view(dataset(evaluate_on="validation", validation_share=0.0), "prompts", "heldout")
+
+
 def test_the_fingerprint_is_of_the_walks():
     same = {fingerprint(dataset(), view) for view in ("demonstrations", "prompts", "comparisons")}
     assert len(same) == 1

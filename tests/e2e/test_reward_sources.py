@@ -127,6 +127,39 @@ def test_ilql_reports_gold_of_its_answers(cli, run, tmp_path):
     assert {"eval/beta_1/gold", "eval/beta_1/gold_se"} <= set(record(folder)["metrics"])
 
 
+COMPARED = ("stage=eval", "model=tiny", "eval.policies=[sft,dpo,kto]", "eval.gold=learned", GOLD)
+
+
+def test_gold_judges_no_policy_that_learnt_from_its_comparisons(tmp_path):
+    from rlhf_exp.data.load import load_view
+    from rlhf_exp.stages import plan
+
+    with compose.session():
+        config, choices = compose.compose([*COMPARED, f"output_dir={tmp_path}"])
+        nodes = {node.name: node.config for node in plan.make(config, choices).nodes}
+    assert {name: nodes[name].dataset.half for name in ("sft", "gold", "reward", "dpo", "kto", "eval")} == {
+        **{"gold": "second", "reward": "first", "dpo": "first", "kto": "first"},
+        **{"sft": None, "eval": None},
+    }
+    asked = {
+        name: {row.prompt for row in load_view(nodes[name].dataset, "comparisons", "train")}
+        for name in ("gold", "dpo", "kto")
+    }
+    assert asked["dpo"] == asked["kto"] and not asked["dpo"] & asked["gold"]
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_half_for_dpo_that_gold_has_too_is_refused(cli, tmp_path):
+    result = cli.call(*COMPARED, "upstream.dpo.dataset.half=second", f"output_dir={tmp_path / 'out'}")
+    assert (result.code, result.errors) == (
+        2,
+        [
+            "error: reward_source.gold=learned needs comparisons that dpo is not trained on, but dataset.half is second "
+            "in upstream.dpo and second in upstream.gold: leave them out"
+        ],
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
@@ -152,7 +185,7 @@ def test_ilql_reports_gold_of_its_answers(cli, run, tmp_path):
         ((GOLD, "adapters.gold=x"), ["adapters.gold=x: there is no such folder"]),
         (("reward_source.gold=lerned",), ["reward_source.gold=lerned: there is no function lerned; did you mean"]),
         ((GOLD, "upstream.gold={seeed: 1}"), ["upstream.gold: unknown key seeed; did you mean seed?"]),
-        ((GOLD, "upstream.gold.dataset.half=first"), ["reward_source.gold=learned needs comparisons that the"]),
+        ((GOLD, "upstream.gold.dataset.half=first"), ["reward_source.gold=learned needs comparisons that reward is"]),
     ],
     ids=lambda x: None,
 )  # fmt: skip

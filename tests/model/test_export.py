@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
 )
 
@@ -176,6 +181,32 @@ def test_the_plain_base_is_merged_with_nothing(base_of, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, value in base.model.state_dict().items():
         assert torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("listed", [None, [2, 9]])
+def test_answers_end_at_the_eos_that_was_trained(base_of, tmp_path, listed):
+    """model.eos_token is of the tokenizer alone; transformers' generate reads the model's files."""
+    base = copy.deepcopy(base_of("tiny"))
+    ends = 7
+    base.tokenizer.eos_token = f"w{ends}"
+    place = shutil.copytree(base.path, tmp_path / "base")
+    if listed is not None:
+        GenerationConfig(eos_token_id=listed).save_pretrained(place)
+    base = dataclasses.replace(base, path=place)
+    export.write_merged(Roles(base), None, tmp_path / "out", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.eos_token_id == ends
+    given = [EOS] if listed is None else listed
+    assert model.generation_config.eos_token_id == [ends, *given]
+
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -1e4).index_fill_(1, torch.tensor(ends), 0.0)
+
+    answer = model.generate(
+        torch.tensor([[4, 5]]), max_new_tokens=8, logits_processor=[Only()], do_sample=False
+    )
+    assert answer.tolist() == [[4, 5, ends]]
 
 
 # ---------------------------------------------------------------- PAD

@@ -126,6 +126,33 @@ def test_the_coefficient_of_the_state_is_the_one_that_counts(actors, rollout, pp
     assert abs(metrics["objective/kl"]) > 0.01
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "generation",
+    [{"temperature": 0.6, "logprob_mode": "raw"}, {"repetition_penalty": 1.5}, {"temperature": 2.0}],
+    ids=str,
+)
+def test_the_kl_of_the_models_own_distributions_whatever_is_sampled(
+    base, actors, rollout, ppo_config, generation
+):
+    """Of both models' plain logits in float64: the frontier's x-axis."""
+    config, actors = ppo_config({}, generation), actors["trunk"]
+    epoch = order.minibatches(rollout, config, 1)[0]
+    _, metrics = prepare(config, actors, rollout, SCORES, epoch)
+    expected = 0.0
+    for prompt, response in zip(rollout.prompts, rollout.responses, strict=True):
+        said = []
+        for role in ("policy", "ref"):
+            with actors.roles.use(role):
+                logits = base.model(input_ids=torch.tensor([prompt + response])).logits[0].double()
+            said.append(logits[len(prompt) - 1 : -1].log_softmax(dim=-1))
+        expected += float((said[0].exp() * (said[0] - said[1])).sum())
+    assert metrics["objective/kl_untruncated"] == pytest.approx(expected / ROWS, rel=1e-4)
+    assert expected > 0.1
+    _, plain = prepare(ppo_config(), actors, rollout, SCORES, epoch)
+    assert "objective/kl_untruncated" not in plain
+
+
 def test_the_state_survives_a_checkpoint_bit_for_bit(ppo_config, three):
     state = State.start(ppo_config().ppo)
     shaped(ppo_config, three, [0.1, 0.2, 1 / 3], state, score_scaling="running")

@@ -54,6 +54,21 @@ def test_batches_are_of_the_seed_and_the_step_alone():
     assert order.batch_of(50, 8, 4, 1) != first[0]
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [(12, 4, [4, 4, 4]), (10, 4, [4, 4, 2]), (17, 16, [16, 1]), (3, 8, [3])],
+)
+def test_a_pass_over_rows_ends_where_they_end(count, size, sizes):
+    """As the Trainer's epochs: no row is in a pass twice, and none is left out."""
+    for epoch in range(3):
+        steps = range(epoch * len(sizes) + 1, (epoch + 1) * len(sizes) + 1)
+        pieces = [order.piece_of(count, size, 5, step) for step in steps]
+        assert [len(piece) for piece in pieces] == sizes
+        assert sorted(i for piece in pieces for i in piece) == list(range(count))
+    assert order.piece_of(50, 25, 5, 1) != order.piece_of(50, 25, 5, 3)
+    assert order.piece_of(50, 25, 5, 1) != order.piece_of(50, 25, 6, 1)
+
+
 def test_minibatches_partition_the_rows_of_every_epoch(ppo_config, rollout):
     config = ppo_config({"epochs": 3, "minibatches": 2, "micro_batch_size": 3})
     plan = order.minibatches(rollout, config, step=1)

@@ -81,7 +81,8 @@ NOT_IN_KEY = {
 def not_in_key(stage: str) -> set[str]:
     """Of ppo all of `prefer` too: it is of the stages before, whose keys are in."""
     more = {f"prefer.{f.name}" for f in dataclasses.fields(schema.Prefer)}
-    return NOT_IN_KEY | (more if stage in ("ppo", "pipeline") else set())
+    found = NOT_IN_KEY | (more if stage in ("ppo", "pipeline") else set())
+    return found if stage in ("eval", "pipeline") else found | {"dataset.evaluate_on"}
 
 
 def complete(stage: str) -> schema.Run:
@@ -155,7 +156,7 @@ def test_where_all_weights_are_trained_no_leaf_of_the_adapter_counts():
         changed = full()
         set_leaf(changed, key, other(field, value))
         same = run_key(changed, **inputs()) == before
-        assert same == (key in NOT_IN_KEY | OF_ADAPTER), key
+        assert same == (key in not_in_key("sft") | OF_ADAPTER), key
     assert before != run_key(complete("sft"), **inputs())
 
 
