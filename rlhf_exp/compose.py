@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import conftree, overrides, schema
 from rlhf_exp.errors import InputError
+from rlhf_exp.fields import did_you_mean, leaves, value_problem
 from rlhf_exp.paths import conf_dir
 
 ROOT = "config"
@@ -49,6 +50,7 @@ GOLD_SEED = 1000  # added to the seed of the gold scorer: past any ensemble's
 TEMPLATE = "dataset/template"
 COMPOSING = re.compile(r"^In '([^']+)': (?:\w+ raised while composing config: )?")
 UNKNOWN_KEY = re.compile(r"(?P<file>\S+\.yaml): Key '[^']+' not in '\w+' \(at (?P<key>\S+)\)")
+HYDRA_KEY = re.compile(r"Could not override '(?P<key>hydra\.\S+)'\. Key '[^']+' not in '\w+' \(at \S+\)")
 FREE = ("upstream.", f"{overrides.DEEPSPEED}.")
 FOR_A_MODEL = ("model", "lora", "strategy")  # groups of config.yaml that not every stage has
 POLICY = ("ppo", "generation", "reward_source", "eval", "prefer", "judge")
@@ -158,7 +160,27 @@ def _better(problem: str, given: Sequence[str]) -> str:
     if found := UNKNOWN_KEY.fullmatch(problem):
         stage = overrides.stage_of(overrides.parse(given)[0], tree())
         return f"{found['file']}: {overrides.Checker(tree(), stage).unknown(found['key'])}"
+    if found := HYDRA_KEY.fullmatch(problem):
+        wrong, known = _beside(found["key"], given)
+        return f"unknown key {wrong}{did_you_mean(wrong, known)}"
     return problem
+
+
+def _beside(key: str, given: Sequence[str]) -> tuple[str, list[str]]:
+    """Of a key of Hydra's node: the first part of it that is not there, and what is there in its place.
+
+    With the launcher and the sweeper that are chosen.
+    """
+    rest = [line for line in opened(given) if not line.lstrip("+~").startswith("hydra.")]
+    with explained(Exception):
+        node = hydra.compose(ROOT, overrides=rest, return_hydra_config=True)
+    section = ""
+    for name in key.split("."):
+        if not OmegaConf.is_dict(node) or name not in node:
+            break
+        section, node = f"{section}{name}.", node._get_node(name)
+    names = list(node) if OmegaConf.is_dict(node) and not node._is_none() else []
+    return section + key.removeprefix(section).partition(".")[0], [f"{section}{name}" for name in names]
 
 
 @contextmanager
@@ -214,7 +236,8 @@ def to_run(config: DictConfig, *, across: bool = True) -> schema.Run:
     config = without_hydra(config)
     with explained():
         if missing := sorted(OmegaConf.missing_keys(config)):
-            raise InputError([f"{key} has no value" for key in missing])
+            known = {key: f for key, f, _ in leaves(schema.RUNS[config.stage]())}
+            raise InputError([value_problem(key, known[key], MISSING) or key for key in missing])
         run = OmegaConf.to_object(config)
     if problems := schema.problems(run, across=across):
         raise InputError(problems)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -45,6 +46,8 @@ def parse(lines: Sequence[str], loader: Any = None) -> tuple[list[Override], lis
 
 def _unreadable(line: str, error: HydraException) -> str:
     key, equals, value = line.partition("=")
+    if line in schema.STAGES:
+        return f"cannot read {line!r}: write stage={line}"
     if not equals:
         return f"cannot read {line!r}: write key=value"
     if not KEY.fullmatch(key):
@@ -53,6 +56,8 @@ def _unreadable(line: str, error: HydraException) -> str:
         return f"cannot read {line!r}: {str(error).splitlines()[1]}"
     if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
         return f"cannot read {line!r}: a bracket is not closed; in a text, put it in quotes: '{key}=\"...\"'"
+    if value.rstrip().endswith(","):
+        return f"cannot read {line!r}: nothing stands behind the last comma"
     # letters beyond ASCII, quotes, #, = and the like: Hydra wants the text quoted, and the shell the whole
     return f"cannot read {line!r}: put the text in quotes: '{key}=\"...\"'"
 
@@ -107,6 +112,7 @@ class Checker:
         """The problems of one word of the command line (one value of it, if it sweeps)."""
         key, line, value = override.key_or_group, override.input_line, override.value()
         if override.is_hydra_override():
+            yield from _hydras(key, value)
             return
         if override.is_sweep_override():
             yield f"{line} has several values where one is needed"
@@ -177,6 +183,15 @@ class Checker:
         problem = value_problem(key, f, MISSING if value == MISSING else OmegaConf.select(node, key))
         if problem:
             yield problem
+
+
+def _hydras(group: str, value: Any) -> Iterator[str]:
+    """The problems of choosing a launcher, a sweeper or the like."""
+    if "/" not in group or not isinstance(value, str) or not GlobalHydra.instance().is_initialized():
+        return
+    names = GlobalHydra.instance().config_loader().get_group_options(group)
+    if names and value not in names:
+        yield f"unknown {group} {value}{did_you_mean(value, names) or ';'} there are {listed(names)}"
 
 
 def _owners(key: str, kind: str) -> str:

@@ -134,7 +134,15 @@ BAD = [
     (["stage=ppo", "--cfg", "jobs"], ["argument -c/--cfg: invalid choice: 'jobs' (choose from 'job', 'hydra', 'all')"]),
     (["stage=ppo", "--cfg", "job", "--package", "pppo"], ["--package pppo: there is no such section"]),
     (["stage=ppo", "--config-dir", "nowhere"], ["--config-dir nowhere: there is no such folder"]),
-    (["stage=ppo", "hydra.foo=1"], ["Could not override 'hydra.foo'. Key 'foo' not in 'HydraConf' (at hydra.foo)"]),
+    (["stage=ppo", "optim.lr=1e-3,"], ["cannot read 'optim.lr=1e-3,': nothing stands behind the last comma"]),
+    (["stage=ppo", "sft"], ["cannot read 'sft': write stage=sft"]),
+    # Hydra's own keys, and those of launchers and sweepers
+    (["stage=ppo", "hydra.foo=1"], ["unknown key hydra.foo; did you mean hydra.job?"]),
+    (["stage=ppo", "hydra.swep.dir=x"], ["unknown key hydra.swep; did you mean hydra.sweep?"]),
+    (["stage=ppo", "hydra/launcher=slrm"], ["unknown hydra/launcher slrm; did you mean slurm? there are basic, local_pool and slurm"]),
+    (["stage=ppo", "hydra/launcher=local_pool", "hydra.launcher.wokers=2"], ["unknown key hydra.launcher.wokers; did you mean hydra.launcher.workers?"]),
+    (["stage=ppo", "hydra/launcher=slurm", "hydra.launcher.by_stage.pppo.mem=1"], ["unknown key hydra.launcher.by_stage.pppo; did you mean hydra.launcher.by_stage.ppo?"]),
+    (["stage=report"], ["inputs has no value: What is compared: a folder with run folders (outputs, a sweep's), a list of run folders, or the name of an MLflow experiment."]),
     # what does not go together
     (["stage=sft", "experiment=quickstart"], ["experiment/quickstart.yaml: stage sft has no key ppo; ppo and pipeline have it"]),
     (["stage=sft", "sweep=kl"], ["sweep=kl: stage sft has no key ppo.kl_coef; ppo and pipeline have it"]),
@@ -557,6 +565,8 @@ def test_the_keys_of_a_stage(run):
     assert (code, err) == (0, [])
     assert "  lora.r=16" in out and "Rank (Hu et al. 2021). [> 0]" in out
     assert "ppo.kl_coef" not in out and "ppo.kl_coef=0.05" in run("-h", "stage=ppo")[1]
+    # what conf/ sets for the stage, not what the schema has for all: DPO's rate is half of it
+    assert "  optim.lr=5e-05 " in run("stage=dpo", "--help")[1]
 
 
 def test_a_narrow_terminal_and_colours(run, monkeypatch):

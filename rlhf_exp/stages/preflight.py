@@ -96,7 +96,15 @@ def _tests(plan: Plan) -> Iterator[Callable[[], None]]:
         yield lambda: _tokenizer(plan)
     if not plan.config.dry_run:  # which shows the whole plan
         yield lambda: _memory(plan)
-    yield lambda: require_space(output, disk_needed(plan))
+    yield lambda: _space(output, plan)
+
+
+def _space(output: str, plan: Plan) -> None:
+    try:
+        require_writable(output)
+    except InputError:
+        return  # said already: a place that takes no files has no space either
+    require_space(output, disk_needed(plan))
 
 
 def planned(plan: Plan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,6 +95,8 @@ def scan(output_dir: Path) -> list[Entry]:
     """Every run folder, by stage and time. Only folders named like ours: trackers keep theirs there too."""
     if not output_dir.is_dir():
         raise InputError(f"no such folder: {output_dir}; give the runs' folder with --dir")
+    if not os.access(output_dir, os.R_OK | os.X_OK):  # glob would find nothing, and say nothing
+        raise InputError(f"{output_dir} cannot be read: permission denied")
     entries = [entry(path) for path in output_dir.glob("*/*") if is_run_folder(path)]
     return sorted(
         entries, key=lambda e: (e.path.parent.name, e.when.timestamp() if e.when else 0.0, e.path.name)

@@ -55,6 +55,11 @@ def row(text: str, start: str) -> str:
 # ---- ls
 
 
+def test_a_store_that_cannot_be_read_is_no_empty_one(cli, store, outputs, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != outputs)
+    assert cli("ls") == (2, "", f"error: {outputs} cannot be read: permission denied\n")
+
+
 def test_ls_shows_each_run_on_a_line(cli, store):
     code, out, _ = cli("ls")
     assert code == 0 and "6 runs" in out
