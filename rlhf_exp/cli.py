@@ -117,10 +117,12 @@ def _hydra(args: argparse.Namespace) -> int:
             print(compose.yaml(plan.config, args.package, args.resolve), end="")
             return 0
         if args.cfg:
-            hydra.show_cfg(compose.ROOT, plan.overrides, args.cfg, args.package, args.resolve)
+            with compose.explained():
+                hydra.show_cfg(compose.ROOT, plan.first, args.cfg, args.package, args.resolve)
             return 0
         if args.info:
-            hydra.show_info(args.info, config_name=compose.ROOT, overrides=plan.overrides)
+            with compose.explained():
+                hydra.show_info(args.info, config_name=compose.ROOT, overrides=plan.first)
             return 0
         if plan.multirun:
             if distributed.world_size() > 1:

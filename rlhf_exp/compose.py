@@ -131,6 +131,26 @@ def compose(given: Sequence[str]) -> tuple[schema.Run, dict[str, str]]:
         return to_run(config), choices
 
 
+def defaults(stage: str) -> dict[str, Any]:
+    """Key -> value of a stage as conf/ sets it; keys without any (???) are left out."""
+    with session():
+        config = without_hydra(load([f"stage={stage}"]))
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, node: DictConfig) -> None:
+        for name in node:
+            if OmegaConf.is_missing(node, name):
+                continue
+            value, key = node[name], f"{prefix}{name}"
+            if OmegaConf.is_dict(value):
+                visit(f"{key}.", value)
+            else:
+                found[key] = OmegaConf.to_object(value) if OmegaConf.is_list(value) else value
+
+    visit("", config)
+    return found
+
+
 def opened(given: Sequence[str]) -> list[str]:
     """The overrides as Hydra wants them.
 

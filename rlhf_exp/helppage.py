@@ -67,7 +67,9 @@ def _keys(stage: str) -> str:
     lines = [
         f"{_bold(f'stage={stage}')}: keys with the values that they have where nothing is chosen, meaning"
     ]
-    composed = _composed(stage)
+    from rlhf_exp import compose
+
+    composed = compose.defaults(stage)
     rows: list[tuple[str, str]] = []
     for key, f, value in walk(schema.RUNS[stage]()):
         if is_dataclass(value):
@@ -78,30 +80,6 @@ def _keys(stage: str) -> str:
             default = shown(composed.get(key, value))
             rows.append((f"{key}={default}", f.metadata["doc"] + (f" [{bounds}]" if bounds else "")))
     return "\n".join([*lines, *_table(rows)]) + "\n"
-
-
-def _composed(stage: str) -> dict[str, object]:
-    """Key -> value, as conf/ sets it for the stage; keys without any (???) are not in it."""
-    from omegaconf import OmegaConf
-
-    from rlhf_exp import compose
-
-    with compose.session():
-        config = compose.without_hydra(compose.load([f"stage={stage}"]))
-    found: dict[str, object] = {}
-
-    def visit(prefix: str, node: object) -> None:
-        for name in node:
-            if OmegaConf.is_missing(node, name):
-                continue
-            value, key = node[name], f"{prefix}{name}"
-            if OmegaConf.is_dict(value):
-                visit(f"{key}.", value)
-            else:
-                found[key] = OmegaConf.to_object(value) if OmegaConf.is_list(value) else value
-
-    visit("", config)
-    return found
 
 
 def _title(group: str, tree: conftree.Tree) -> str:

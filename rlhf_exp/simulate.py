@@ -9,8 +9,9 @@ each other's longest answer, and loading. So it shows where communication begins
     all-reduce   2 (n - 1) / n bytes / bandwidth + 2 (n - 1) latency       (ring; Patarasuk & Yuan 2009)
     all-gather   (n - 1) / n bytes / bandwidth + (n - 1) latency
 
-With LoRA only gradients of adapters are reduced, once an optimiser step; zero1 and zero2 gather the stepped weights
-too; zero3 gathers every layer of the base in each forward and each backward, and all of them once for a rollout.
+With LoRA only gradients of adapters are reduced, once an optimiser step; under zero1 and zero2 DeepSpeed reduces them
+once more and gathers the stepped weights; zero3 gathers every layer of the base in each forward and each backward,
+and all of them once for a rollout.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def simulate(parts: dict[str, Part], job: Job, link: Link, strategy: str, ranks:
     sending = job.steps * link.all_reduce(job.trained, ranks)
     sent = job.steps * 2 * ring * job.trained
     if strategy != "ddp":
-        sending += job.steps * link.all_gather(job.trained, ranks)
-        sent += job.steps * ring * job.trained
+        sending += job.steps * (link.all_reduce(job.trained, ranks) + link.all_gather(job.trained, ranks))
+        sent += job.steps * 3 * ring * job.trained
     if strategy == "zero3":
         gathers = job.passes(ranks) + 1  # the rollout's
         sending += gathers * job.layers * link.all_gather(job.base / job.layers, ranks)

@@ -251,6 +251,10 @@ def test_hydras_own_config_and_information(run):
     code, out, err = run("stage=ppo", "--cfg", "hydra")
     assert (code, err) == (0, [])
     assert yaml.safe_load(out)["hydra"]["run"]["dir"] == "."
+    # of a sweep: of its first trial, as --cfg job
+    code, out, err = run("stage=ppo", "sweep=kl", "seed=3,4", "-m", "--cfg", "hydra")
+    assert (code, err) == (0, [])
+    assert "seed=3" in yaml.safe_load(out)["hydra"]["overrides"]["task"]
     done = process("stage=ppo", "--info", "defaults")  # Hydra sets up logging for it
     assert (done.returncode, done.stderr) == (0, "")
     assert "stage/ppo" in done.stdout

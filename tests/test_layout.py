@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_exp"
 EVERYBODY = {"__version__", "distributed", "errors", "fields", "paths", "model.quiet"}
 COMMAND_LINE = {"schema", "conftree", "overrides"}
 MATHS = {"algorithms", "data", "model", "schema"}
-SWEEPS = {"sweeps.current", "sweeps.ledger", "sweeps.pruning"}
+SWEEPS = {"sweeps.current", "sweeps.figures", "sweeps.ledger", "sweeps.pruning"}
 STAGES = {
     *MATHS,
     "compose",
@@ -35,6 +35,7 @@ STAGES = {
     "store",
     "strategies",
     "sweeps.current",
+    "sweeps.figures",
     "sweeps.pruning",
     "tracking",
 }
@@ -66,8 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     "modelpage": {"conftree"},
     # what stages may know of the sweep they are in, and what it stands on
     "sweeps.current": {"store"},
+    "sweeps.figures": {"store"},
     "sweeps.ledger": {"store"},
-    "sweeps.pruning": {"sweeps.current", "sweeps.ledger", "schema", "store"},
+    "sweeps.pruning": {"sweeps.current", "sweeps.figures", "sweeps.ledger", "schema", "store"},
     "sweeps": {
         *COMMAND_LINE,
         "cli",

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf_exp.algorithms.pairwise import wilson_interval
-from rlhf_exp.evaluation.interval import grouped_mean_se
+from rlhf_exp.evaluation.share import share_of
 
 
 class Agreement(NamedTuple):
@@ -23,9 +22,8 @@ class Agreement(NamedTuple):
 def agreement(one: Sequence[int], two: Sequence[int], prompts: Sequence[int]) -> Agreement:
     """Of two labellers' orders of the same pairs: 1 the first answer is better, -1 the second, 0 no verdict.
 
-    Pairs that one of them does not order are left out. Pairs of one prompt are not independent: the interval is
-    Wilson's for as many independent pairs as would give the standard error that groups by prompt have (Liang & Zeger
-    1986), at least one a prompt; where no pair tells (all alike, or none), one pair a prompt.
+    Pairs that one of them does not order are left out. The interval knows that pairs of one prompt are not
+    independent (share.py).
     kappa (Cohen 1960, eq. 1): (share - chance) / (1 - chance), chance from how often each prefers the first answer;
     nan where chance is 1. All are nan for no pairs.
     """
@@ -33,14 +31,7 @@ def agreement(one: Sequence[int], two: Sequence[int], prompts: Sequence[int]) ->
     n = len(both)
     if not n:
         return Agreement(0, *[math.nan] * 4)
-    same = [float(a == b) for a, b, _ in both]
-    share = sum(same) / n
-    groups = [prompt for *_, prompt in both]
-    independent = float(len(set(groups)))
-    se = grouped_mean_se(same, groups).se
-    if se > 0 and 0 < share < 1:
-        independent = min(float(n), max(independent, share * (1 - share) / se**2))
-    low, high = wilson_interval(share * independent, independent)
+    share, low, high = share_of([float(a == b) for a, b, _ in both], [prompt for *_, prompt in both])
     first, second = (sum(row[side] > 0 for row in both) / n for side in (0, 1))
     chance = first * second + (1 - first) * (1 - second)
     kappa = (share - chance) / (1 - chance) if chance < 1 else math.nan

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import cache
 from typing import Any
 
 from rlhf_exp.evaluation.frontier import by
-from rlhf_exp.evaluation.trials import HELDOUT, TRAINING, Trial
-from rlhf_exp.fields import leaves
+from rlhf_exp.evaluation.trials import EVAL, HELDOUT, TRAINING, Trial
+from rlhf_exp.fields import leaves, walk
 from rlhf_exp.schema import RUNS
 
 SEED = re.compile(r"(upstream\.\w+\.)?seed")
 # outside the store's key, and yet they say what a run was made of
 MADE_OF = re.compile(r"(adapters|dataset\.views|upstream)\..+|model\.(name|path)|dataset\.name")
+# what makes a reward or a gold score another scale
+SCALES = ("kind", "function", "parts", "ensemble", "ensemble_lambda", "gold")
+# who is shown, or what of them; no figure depends on it
+SHOWN = ("policies", "samples", "checkpoints", "best", "ema", "greedy")
+EVALUATED = ("eval", "generation", "reward_source", "dataset")
 LABEL_KEYS, LABEL_LENGTH = 3, 60
 ABSENT = object()
 
@@ -33,14 +39,24 @@ class Group:
 
 def settings(trial: Trial) -> dict[str, Any]:
     """The config's leaves that may change a result, and the stage; empty lists and dicts count as leaves."""
-    known = (
-        {key: f.metadata["keyed"] for key, f, _ in leaves(RUNS[trial.stage]())} if trial.stage in RUNS else {}
-    )
+    known = _keyed(trial.stage) if trial.stage in RUNS else {}
     return {"stage": trial.stage} | {
         key: value
         for key, value in trial.config.items()
         if known.get(key, not _of_the_machine(key)) or MADE_OF.fullmatch(key)
     }
+
+
+@cache
+def _keyed(stage: str) -> Mapping[str, bool]:
+    """Every leaf of a stage's config: whether it can change a result. What a section is, its leaves are."""
+    config, found = RUNS[stage](), {}
+    out = tuple(
+        f"{key}." for key, f, value in walk(config) if is_dataclass(value) and not f.metadata["keyed"]
+    )
+    for key, f, _ in leaves(config):
+        found[key] = f.metadata["keyed"] and not key.startswith(out)
+    return found
 
 
 def _of_the_machine(key: str) -> bool:
@@ -142,22 +158,31 @@ def written(value: Any) -> str:
     return str(value)
 
 
+def evaluated_on(trials: Sequence[Trial]) -> str:
+    """On what prompts the evaluations were made, in words (dataset.evaluate_on)."""
+    found = {
+        str(trial.evaluation.get("dataset.evaluate_on", HELDOUT))
+        for trial in trials
+        if trial.rows.get(HELDOUT)
+    }
+    if "train" not in found:
+        return "held-out prompts"
+    return "evaluated training prompts" if found == {"train"} else "evaluated prompts"
+
+
 def warnings(trials: Sequence[Trial]) -> list[str]:
     """What does not compare: tasks, evaluations, what was scored."""
     lines = []
     tasks = sorted({" on ".join(trial.task) for trial in trials if trial.config})
     if len(tasks) > 1:
         lines.append(f"These runs are of different tasks, whose scores do not compare: {'; '.join(tasks)}.")
-    sources = _values(trials, ("reward_source.kind", "reward_source.function", "reward_source.gold"))
+    sources = _values(trials, [f"reward_source.{name}" for name in SCALES])
     lines += [f"Training scores do not compare: {key} is {told}." for key, told in sources.items()]
+    lines += _models("Training scores", TRAINING, trials)
     evaluated = [trial for trial in trials if trial.rows.get(HELDOUT) and trial.evaluation]
-    keys = dict.fromkeys(
-        key
-        for trial in evaluated
-        for key in trial.evaluation
-        if key.startswith(("eval.", "generation.", "reward_source.", "dataset."))
-    )
+    keys = dict.fromkeys(key for trial in evaluated for key in trial.evaluation if _tells(key))
     found = _told({key: [trial.evaluation.get(key, ABSENT) for trial in evaluated] for key in keys})
+    lines += _models("The evaluations", HELDOUT, evaluated)
     if found:
         told = "; ".join(f"{key} is {said}" for key, said in list(found.items())[:5])
         lines.append(f"The evaluations do not compare: {told}.")
@@ -173,6 +198,32 @@ def warnings(trials: Sequence[Trial]) -> list[str]:
     return lines
 
 
+def _tells(key: str) -> bool:
+    """Whether evaluations that differ in this key measure something else."""
+    section, _, name = key.partition(".")
+    if section not in EVALUATED or (section == "eval" and name in SHOWN):
+        return False
+    return _keyed(EVAL).get(key, True) or key in ("dataset.name", "dataset.views.prompts")
+
+
+def _models(what: str, source: str, trials: Sequence[Trial]) -> Iterator[str]:
+    """Scores of different reward models, each with a scale of its own: with the seed, or between trials of one."""
+    known = [trial for trial in trials if source in trial.scorers and not trial.lost]
+    for role in dict.fromkeys(role for trial in known for role in trial.scorers[source]):
+        having = [trial for trial in known if role in trial.scorers[source]]
+        of_seeds = by(having, lambda trial: str(trial.config.get("seed")))
+        models = [{trial.scorers[source][role] for trial in group} for group in of_seeds.values()]
+        every = sorted(set().union(*models))
+        if any(len(some) > 1 for some in models):
+            named = _listed([key[:6] for key in every])
+            yield f"{what} do not compare: the reward model {role} is {named}, each with a scale of its own."
+        elif len(every) > 1:
+            yield (
+                f"{what} of different seeds are by reward models of their own ({role}), each with its scale: seeds "
+                "compare in what no reward model scores."
+            )
+
+
 def _values(trials: Iterable[Trial], keys: Iterable[str]) -> dict[str, str]:
     trials = list(trials)
     return _told({key: [t.config[key] for t in trials if key in t.config] for key in keys})
@@ -184,5 +235,10 @@ def _told(table: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     for key, values in table.items():
         names = list(dict.fromkeys(written(value) for value in values))
         if len(names) > 1:
-            found[key] = f"{', '.join(names[:-1])} and {names[-1]}"
+            found[key] = _listed(names)
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"

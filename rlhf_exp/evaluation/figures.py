@@ -65,17 +65,18 @@ def curve_panels(rows: Sequence[Mapping[str, Any]], curves: Sequence[Curve], mos
     return panels[:most]
 
 
-def frontier_panels(found: Sequence[outcome.Policy]) -> list[Panel]:
-    """Gold score and reward (those that were measured) against KL, a point a policy."""
+def frontier_panels(found: Sequence[outcome.Policy], prompts: str = outcome.HELD_OUT) -> list[Panel]:
+    """Gold score and reward (those that were measured) against KL, a point a policy; prompts: which they answered."""
     panels, start = [], outcome.baseline(found)
     for key in ("gold", "reward"):
-        points = [_Point.of(policy, key) for policy in found]
+        points = [_Point.of(policy, key, outcome.by_step(policy, found)) for policy in found]
         points = [point for point in points if point is not None]
         if points:
             metric = outcome.BY_KEY[key]
             title = f"{metric.label} against KL"
             bars = ", 95 % intervals" if any(point.error for point in points) else ""
-            unit = f"held-out mean{bars}; labels: PPO step"
+            stages = dict.fromkeys(outcome.stage(p) for p in found if outcome.by_step(p, found))
+            unit = f"{prompts} mean{bars}" + "".join(f"; labels: {stage} step" for stage in stages)
             about = "; ".join(f"{p.label}: KL {p.x:.1f}, {metric.label.lower()} {p.y:.2f}" for p in points)
             drawing = _frontier(points, start["name"], THEME[key])
             x_label = f"KL from {outcome.title(start)} (nats an answer)"
@@ -93,18 +94,17 @@ class _Point(NamedTuple):
     error: float  # half of the 95 % interval, 0 where it is not known
 
     @classmethod
-    def of(cls, policy: outcome.Policy, key: str) -> _Point | None:
+    def of(cls, policy: outcome.Policy, key: str, by_step: bool) -> _Point | None:
+        """by_step: whether its step says which it is (outcome.by_step)."""
         x, y = (outcome.finite(policy["metrics"], name) for name in ("kl", key))
         if x is None or y is None:
             return None
         step = outcome.finite(policy, "step") or 0
-        run = str(policy.get("run") or "")
-        label = f"{step:g}" if step and not run else outcome.title(policy)
         return cls(
             policy["name"],
-            label,
+            f"{step:g}" if by_step else outcome.title(policy),
             step,
-            run,
+            outcome.run_of(policy),
             x,
             y,
             1.96 * (outcome.finite(policy["metrics"], f"{key}_se") or 0),

@@ -7,25 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_exp.evaluation import outcome
+from rlhf_exp.evaluation.interval import LEAST
 
 SHORTER, SAMER = 0.5, 0.6  # below these shares of the baseline's length and distinct-2 the report warns
 
 
-def verdict(found: Sequence[outcome.Policy]) -> str:
-    """From the baseline to the last policy: the gold score (else reward), KL, length, empty answers."""
+def verdict(found: Sequence[outcome.Policy], prompts: int | None = None) -> str:
+    """From the baseline to the last policy: the gold score (else reward), KL, length, empty answers.
+
+    prompts: how many were answered, where that is known.
+    """
     before, after = outcome.baseline(found), outcome.last(found)
     if before is after:
         return f"Only {before['name']} was evaluated, so there is nothing to compare it with."
-    sentences = [_score(before, after) + _distance(before, after) + "."]
+    steps = outcome.by_step(after, found)
+    start = f"After {after['step']:g} {outcome.stage(after)} steps" if steps else f"With {after['name']}"
+    sentences = [_score(start, before, after, prompts) + _distance(before, after) + "."]
     lengths = [outcome.finite(policy["metrics"], "length") for policy in (before, after)]
     if None not in lengths:
         sentences.append("Answers went from {:.1f} to {:.1f} tokens".format(*lengths) + _empty(after) + ".")
     return " ".join(sentences)
 
 
-def _score(before: outcome.Policy, after: outcome.Policy) -> str:
-    steps = outcome.number(after, "step")
-    start = f"After {steps:g} PPO steps" if steps and not after.get("run") else f"With {after['name']}"
+def _score(start: str, before: outcome.Policy, after: outcome.Policy, prompts: int | None) -> str:
     for key in ("gold", "reward"):
         values = [outcome.finite(policy["metrics"], key) for policy in (before, after)]
         difference = outcome.change(before, after, key)
@@ -35,10 +39,16 @@ def _score(before: outcome.Policy, after: outcome.Policy) -> str:
         name = outcome.BY_KEY[key].label.lower()
         ends = "from {:.2f} to {:.2f}".format(*values)
         if low is None or high is None:
-            return f"{start} the {name} went {ends} ({mean:+.2f})"
+            few = f"; {too_few(prompts)}" if prompts is not None and prompts < LEAST else ""
+            return f"{start} the {name} went {ends} ({mean:+.2f}{few})"
         verb = "rose" if low > 0 else "fell" if high < 0 else "changed no more than by chance,"
-        return f"{start} the {name} {verb} {ends} ({mean:+.2f}, 95 % interval {low:+.2f} to {high:+.2f})"
+        sure = f"95 % interval {low:+.2f} to {high:+.2f}" + (f" over {prompts} prompts" if prompts else "")
+        return f"{start} the {name} {verb} {ends} ({mean:+.2f}, {sure})"
     return f"{start} no score could be compared"
+
+
+def too_few(prompts: int) -> str:
+    return f"{prompts} prompt{'s are' if prompts != 1 else ' is'} too few for an interval"
 
 
 def _distance(before: outcome.Policy, after: outcome.Policy) -> str:
@@ -76,12 +86,12 @@ def warnings(found: Sequence[outcome.Policy], curves: Sequence[Mapping[str, Any]
             f"{len(broken)} PPO steps logged values that are not finite, the first at step {broken[0]}."
         )
     if before is not after:
-        lines += _against(before, after)
+        lines += _against(before, after, outcome.called(after, found))
     best = outcome.best(found, outcome.BY_KEY["gold"])
     if best is not None and _clearly_better(best, after):
         value = outcome.write(outcome.finite(best["metrics"], "gold"), ".2f")
         lines.append(
-            f"The best gold score, {value}, is that of {best['name']}, not of {outcome.called(after)}."
+            f"The best gold score, {value}, is that of {best['name']}, not of {outcome.called(after, found)}."
         )
     return lines
 
@@ -93,8 +103,8 @@ def _clearly_better(best: outcome.Policy, after: outcome.Policy) -> bool:
     return best is not after and (values[0] is None or values[1] - values[0] > max(errors))
 
 
-def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:
-    """Signs that the policy got worse than the baseline in something the reward does not see."""
+def _against(before: outcome.Policy, after: outcome.Policy, called: str) -> list[str]:
+    """Signs that the policy, so called, got worse than the baseline in something the reward does not see."""
 
     def pair(key: str) -> tuple[float, float]:
         values = [outcome.finite(policy["metrics"], key) for policy in (before, after)]
@@ -108,7 +118,7 @@ def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:
             "overoptimisation). An earlier checkpoint or a higher ppo.kl_coef is better."
         )
     if pair("empty_rate")[1] > 0:
-        lines.append(f"{pair('empty_rate')[1]:.1%} of {outcome.called(after)}'s answers are empty.")
+        lines.append(f"{pair('empty_rate')[1]:.1%} of {called}'s answers are empty.")
     old, new = pair("length")
     if new < SHORTER * old:
         lines.append(f"Answers shrank to {new / old:.0%} of {outcome.title(before)}'s length.")
@@ -118,7 +128,5 @@ def _against(before: outcome.Policy, after: outcome.Policy) -> list[str]:
             f"Distinct-2 fell to {new / old:.0%} of {outcome.title(before)}'s: the answers grow alike."
         )
     if pair("eos_rate")[1] < 0.5:
-        lines.append(
-            f"Most answers of {outcome.called(after)} were cut off at the limit (generation.max_new_tokens)."
-        )
+        lines.append(f"Most answers of {called} were cut off at the limit (generation.max_new_tokens).")
     return lines

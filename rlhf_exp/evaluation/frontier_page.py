@@ -15,7 +15,7 @@ from rlhf_exp.evaluation import frontier_plot, frontier_sections, outcome
 from rlhf_exp.evaluation.comparison import Group
 from rlhf_exp.evaluation.frontier_lines import Picture, Spot
 from rlhf_exp.evaluation.frontier_samples import section as samples_section
-from rlhf_exp.evaluation.frontier_sections import LAWS, SAID, Report
+from rlhf_exp.evaluation.frontier_sections import LAWS, NOTES, Report
 from rlhf_exp.evaluation.markup import Content, Html, tag
 from rlhf_exp.evaluation.trials import HELDOUT, TRAINING
 
@@ -80,19 +80,22 @@ def lead(report: Report) -> str:
     if not picture.pareto:
         return ""
     top = picture.pareto[-1]
-    where = "held-out prompts" if picture.source == HELDOUT else "training prompts"
+    where = report.evaluated_on if picture.source == HELDOUT else "training prompts"
     name, score = picture.label.lower(), f"{top.point.score:.3g}"
-    sentence = (
-        f"On {where} the highest {name} is {score}, of {who(picture, top)} at a KL of {top.point.kl:.3g}."
-    )
+    sentence = f"On {where} the highest {name} is {score}, of {who(picture, top)} at a KL of {_kl(top)}."
     under = [(limit, spot) for limit, spot in picture.best if spot is not None and spot.point != top.point]
     if under:
         limit, spot = under[-1]
         sentence += (
             f" With a KL of at most {limit:g} it is {spot.point.score:.3g}, of {who(picture, spot)} at a KL of "
-            f"{spot.point.kl:.3g}."
+            f"{_kl(spot)}."
         )
     return sentence
+
+
+def _kl(spot: Spot) -> str:
+    """A KL within a sentence; of best-of-n it is known as a bound only."""
+    return f"{'at most ' if spot.point.bound else ''}{spot.point.kl:.3g}"
 
 
 def who(picture: Picture, spot: Spot) -> str:
@@ -113,9 +116,8 @@ def _plots(report: Report) -> Content:
         found = [picture for picture in report.pictures if picture.source == source]
         if not found:
             continue
-        title, note = SAID[source]
-        yield tag("h2", title)
-        yield tag("p", note, cls="note")
+        yield tag("h2", report.said(source))
+        yield tag("p", NOTES[source], cls="note")
         yield tag("div", _key(found), cls="key")
         yield _legend(report.groups, {line.index for picture in found for line in picture.lines})
         drawn = [

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_exp.evaluation.comparison import evaluated_on
 from rlhf_exp.evaluation.frontier import Fit
 from rlhf_exp.evaluation.frontier_lines import SOURCES, Line, Picture
 from rlhf_exp.evaluation.frontier_plot import RINGS, STEPS, reach, root, scales
 from rlhf_exp.evaluation.render import THEME, WIDE, Panel, write_png
+from rlhf_exp.evaluation.trials import HELDOUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#c75000", "#007a5a", "#b0468a", "#7d6a00", "#2c8fc9", "#8a4fc4", "#4d5965")
 MARKERS = ("o", "s", "^", "P")
 NAMES = 12  # lines that a legend names
-WORDS = {"heldout": "held-out prompts", "training": "training curves"}
 
 
 def write(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
@@ -57,7 +58,9 @@ def _panel(picture: Picture, legend: bool) -> Panel:
         axes.set_xticks([root(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
 
     title = f"{picture.label} against KL"
-    unit = f"{WORDS[picture.source]}; rings: Pareto set"
+    trials = [trial for line in picture.lines for trial in line.group.trials]
+    where = evaluated_on(trials) if picture.source == HELDOUT else "training curves"
+    unit = f"{where}; rings: Pareto set"
     return Panel(title, unit, "KL from the start (nats an answer), spaced by its root", title, draw)
 
 

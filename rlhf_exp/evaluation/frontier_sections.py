@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_exp.evaluation import frontier_plot, outcome
+from rlhf_exp.evaluation import comparison, frontier_plot, outcome
 from rlhf_exp.evaluation.comparison import Group
 from rlhf_exp.evaluation.frontier_lines import Picture, Spot
 from rlhf_exp.evaluation.frontier_tables import Table
 from rlhf_exp.evaluation.markup import Content, Html, tag
 from rlhf_exp.evaluation.trials import HELDOUT, TRAINING
 
-SAID = {
+NOTES = {
     HELDOUT: (
-        "Held-out prompts",
         "Each dot is a policy that an evaluation looked at: SFT, kept checkpoints, results of other algorithms.",
     ),
     TRAINING: (
-        "Training curves",
         "From each run's own log, on the prompts that it trained on, KL as estimated from its samples; a dot is one "
         "step, or the mean of several that follow one another.",
     ),
@@ -40,6 +38,15 @@ class Report(NamedTuple):
     warnings: Sequence[str]
     facts: Mapping[str, str]
     fit: str
+
+    @property
+    def evaluated_on(self) -> str:
+        """On what prompts evaluations were made."""
+        return comparison.evaluated_on([trial for group in self.groups for trial in group.trials])
+
+    def said(self, source: str) -> str:
+        """What a source is called."""
+        return self.evaluated_on.capitalize() if source == HELDOUT else "Training curves"
 
 
 def figure(value: Any) -> str:
@@ -92,8 +99,10 @@ def best(report: Report) -> Content:
         for i, (limit, _) in enumerate(found[0].best):
             cells = {picture.label: _chosen(report, picture, picture.best[i][1]) for picture in found}
             rows.append({"KL at most": f"{limit:g}", **cells})
-        yield tag("h3", SAID[source][0])
-        yield table(rows, f"Best under a KL limit, {SAID[source][0]}", [picture.label for picture in found])
+        yield tag("h3", report.said(source))
+        yield table(
+            rows, f"Best under a KL limit, {report.said(source)}", [picture.label for picture in found]
+        )
 
 
 def _chosen(report: Report, picture: Picture, spot: Spot | None) -> Content:
@@ -129,7 +138,7 @@ def pareto(report: Report) -> Content:
             if (row["source"], row["objective"]) == (source, objective)
         ]
         if shown:
-            title = f"{label}, {SAID[source][0].lower()}: {len(shown)} policies"
+            title = f"{label}, {report.said(source).lower()}: {len(shown)} policies"
             yield tag("details", tag("summary", title), table(shown, title, ["Policy"]), open=number == 0)
 
 
@@ -162,7 +171,7 @@ def fits(report: Report) -> Content:
             for row in rows
             if (row["source"], row["objective"]) == (picture.source, picture.objective)
         ]
-        title = f"{picture.label}, {SAID[picture.source][0].lower()}"
+        title = f"{picture.label}, {report.said(picture.source).lower()}"
         whole = table(shown, f"Over-optimisation, {title}", wrap=["Note"])
         yield tag("details", tag("summary", title), whole, open=number == 0)
 
@@ -187,7 +196,7 @@ def trials(report: Report) -> Content:
         row |= {
             "Seed": figure(trial.config.get("seed")),
         }
-        for source, word in ((TRAINING, "train"), (HELDOUT, "held-out")):
+        for source, word in ((TRAINING, "train"), (HELDOUT, report.evaluated_on.split()[0])):
             last = trial.last(source)
             if source == TRAINING:
                 row["Steps"] = figure(last.step if last else None)

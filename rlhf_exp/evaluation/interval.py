@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# fewest prompts that get an interval: without any effect, all of n differences have one sign with chance 2 / 2^n, and
+# then every resample has it too; that is below 5 % from 6 on (2 / 64), not yet at 5 (2 / 32)
+LEAST = 6
 _CELLS = 1 << 20  # resampled values held at once
 
 
@@ -61,31 +64,45 @@ def grouped_mean_se(values: Sequence[float], groups: Sequence[Hashable]) -> Esti
 def paired_bootstrap(
     before: Sequence[float],
     after: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
     *,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
+    least: int = LEAST,
 ) -> Interval:
     """Mean of after - before, with the percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
     before[i] and after[i] are scores on the same prompt; prompts are what is resampled, so that easy and hard
-    ones cancel. The same seed gives the same interval. One pair gives no interval (nan), nor do scores with a
+    ones cancel. groups[i] is the prompt, where several are of one: then it comes with all of its own, or not at all.
+    The same seed gives the same interval. Fewer than `least` prompts give no interval (nan), nor do scores with a
     nan. Raises ValueError for no pairs, or lists of different lengths.
     """
     if len(before) != len(after) or not len(before):
         raise ValueError(f"pairs need as many scores before as after, got {len(before)} and {len(after)}")
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    n, mean = difference.size, float(difference.mean())
-    if n == 1 or not math.isfinite(mean):
+    mean = float(difference.mean())
+    totals, counts = _by_group(difference, range(difference.size) if groups is None else groups)
+    n = totals.size
+    if n < max(least, 2) or not math.isfinite(mean):
         return Interval(mean, math.nan, math.nan)
     generator = np.random.default_rng(seed)
     rows = max(1, _CELLS // n)
-    means = [
-        difference[generator.integers(n, size=(min(rows, draws - done), n))].mean(axis=1)
-        for done in range(0, draws, rows)
-    ]
+    means = []
+    for done in range(0, draws, rows):
+        drawn = generator.integers(n, size=(min(rows, draws - done), n))
+        means.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high))
+
+
+def _by_group(values: np.ndarray, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of each group, in order of their coming."""
+    places: dict[Hashable, int] = {}
+    index = [places.setdefault(group, len(places)) for group in groups]
+    if len(index) != values.size:
+        raise ValueError(f"each value has a group, got {values.size} values and {len(index)} groups")
+    return np.bincount(index, weights=values), np.bincount(index)
 
 
 def gains(

@@ -1,6 +1,7 @@
 """Reading an evaluation (eval.json): its metrics, the baseline, the best, how a figure is written.
 
-    {"policies": [{"name": "sft", "step": 0,
+    {"prompts": 64, "evaluate_on": "heldout",
+     "policies": [{"name": "sft", "step": 0,
                    "metrics": {"reward": .., "reward_se": .., "gold": .., "gold_se": .., "kl": .., ..},
                    "gain": {"gold": {"mean": .., "low": .., "high": ..}, ..}}, ..],
      "samples": [{"prompt": "..",
@@ -8,13 +9,14 @@
      "data": {"name": "data", "kind": "references" or "demonstrations",
               "metrics": {"answers": 128, "prompts": 64, "reward": .., "reward_se": .., ..}}}
 
-The first policy called `sft`, else the first, is the baseline. A policy whose step is null (an average) was never
-what trained; `run` (optional) tells apart the runs of which policies are checkpoints, `role` is the parent that it is
-from. `bounds` (optional) names metrics that are upper bounds: the KL of best-of-n, where `best_of` is n; `beta` is
-that of ilql's decoding. `judge` (optional) says by whom and against which policy win rates are: {"by": "the reward
-model", "against": "sft"}. `<metric>_se` is a standard error; `gain` (optional) is the difference from the baseline
-with its interval. `data` (optional) is the data's own answers: a row to compare with, no policy. Anything may be
-missing: a metric that is not there shows as a dash, one that is not a number as `nan`.
+`prompts` is how many were answered, `evaluate_on` is as in `dataset`. The first policy called `sft`, else the first,
+is the baseline. A policy whose step is null (an average) was never what trained; `run` (optional) tells apart the
+runs of which policies are checkpoints, `role` is the parent that it is from, which does so where there is no `run`.
+`bounds` (optional) names metrics that are upper bounds: the KL of best-of-n, where `best_of` is n; `beta` is that of
+ilql's decoding. `judge` (optional) says by whom and against which policy win rates are: {"by": "the reward model",
+"against": "sft"}. `<metric>_se` is a standard error; `gain` (optional) is the difference from the baseline with its
+interval. `data` (optional) is the data's own answers: a row to compare with, no policy. Anything may be missing: a
+metric that is not there shows as a dash, one that is not a number as `nan`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 
 Policy = Mapping[str, Any]
 MISSING = "–"
+HELD_OUT, TRAINING = "held-out", "training-prompt"  # what a figure is a mean of
 
 
 class Metric(NamedTuple):
@@ -193,24 +196,51 @@ def trained(found: Sequence[Policy]) -> list[Policy]:
     return sorted((p for p in found if number(p, "step")), key=lambda p: p["step"])
 
 
+def run_of(policy: Policy) -> str:
+    """Which run a checkpoint is of; "" where the evaluation does not say."""
+    return str(policy.get("run") or policy.get("role") or "")
+
+
+def by_step(policy: Policy, found: Sequence[Policy]) -> bool:
+    """Whether a step says which policy it is: of the stage's only run, and no other run has checkpoints here."""
+    only = len({run_of(each) for each in trained(found)}) == 1
+    return bool(number(policy, "step")) and only and not policy.get("run")
+
+
+def stage(policy: Policy) -> str:
+    """What a checkpoint's steps are of, in a sentence: PPO, RLOO."""
+    return str(policy.get("role") or "ppo").upper()
+
+
 def last(found: Sequence[Policy]) -> Policy:
     """The last PPO checkpoint; of several runs, or none, the last policy that is listed, if only the baseline."""
     checkpoints = trained(found)
-    if len({policy.get("run") for policy in checkpoints}) == 1:
+    if len({run_of(policy) for policy in checkpoints}) == 1:
         return checkpoints[-1]
     others = [policy for policy in found if policy is not baseline(found)]
     return others[-1] if others else baseline(found)
 
 
-def called(policy: Policy) -> str:
-    """What a sentence about the policy at the end calls it."""
-    return "the last checkpoint" if number(policy, "step") and not policy.get("run") else str(policy["name"])
+def called(policy: Policy, found: Sequence[Policy]) -> str:
+    """What a sentence about the policy at the end of these calls it."""
+    return "the last checkpoint" if by_step(policy, found) else str(policy["name"])
 
 
 def against(evaluation: Mapping[str, Any]) -> str:
     """The name of the policy that win rates are against."""
     judge = evaluation.get("judge") or {}
     return str(judge.get("against") or baseline(policies(evaluation))["name"])
+
+
+def prompts(evaluation: Mapping[str, Any]) -> str:
+    """Which prompts were answered, before a noun."""
+    return TRAINING if evaluation.get("evaluate_on") == "train" else HELD_OUT
+
+
+def how_many(evaluation: Mapping[str, Any]) -> int | None:
+    """Prompts that were answered; None where the evaluation does not say."""
+    count = number(evaluation, "prompts")
+    return None if count is None else int(count)
 
 
 def measured(found: Sequence[Policy]) -> list[Metric]:

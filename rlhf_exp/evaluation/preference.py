@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_exp.algorithms.pairwise import pairwise_accuracy, pairwise_loss, wilson_interval
+from rlhf_exp.algorithms.pairwise import pairwise_loss
 from rlhf_exp.data.load import longer_chosen
 from rlhf_exp.data.records import Comparison
+from rlhf_exp.evaluation.share import share_of
 
 CALIBRATION_BINS = 10  # of equal width from 0.5 to 1
 MARGIN_BINS = 24  # an even number: one begins at 0
@@ -42,9 +43,11 @@ def assess(rows: Sequence[Comparison], scores: Scores) -> dict[str, Any]:
 
 
 def _accuracies(rows: Sequence[Comparison], scores: Scores) -> dict[str, float]:
-    """With the 95 % interval, and that of the rule "the longer answer wins" on the same pairs."""
-    accuracy = float(pairwise_accuracy(*torch.tensor(scores, dtype=torch.float64).unbind(dim=1)))
-    low, high = wilson_interval(accuracy * len(rows), len(rows))
+    """With the 95 % interval, which knows that pairs of one prompt are not independent; and the accuracy of the rule
+    "the longer answer wins" on the same pairs. A tie is half right.
+    """
+    margins = np.array([chosen - rejected for chosen, rejected in scores])
+    accuracy, low, high = share_of((0.5 + 0.5 * np.sign(margins)).tolist(), [row.id for row in rows])
     return {
         "accuracy": accuracy,
         "accuracy_low": low,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.evaluation import figures, findings, outcome, render, reward_section, samples, win_figures
+from rlhf_exp.evaluation.interval import LEAST
 from rlhf_exp.evaluation.markup import Content, Html, tag
 
 HEADER = (
@@ -42,7 +43,7 @@ def write_report(
     Raises ValueError for an evaluation without policies.
     """
     found = outcome.policies(evaluation)
-    frontier = figures.frontier_panels(found)
+    frontier = figures.frontier_panels(found, outcome.prompts(evaluation))
     training = figures.curve_panels(curves, figures.TRAINING)
     optimiser = figures.curve_panels(curves, figures.OPTIMISER)
 
@@ -92,24 +93,27 @@ def _header(
     meta = [f"{facts[key]} {key}" if "prompts" in key else facts[key] for key in HEADER if key in facts]
     yield tag("h1", title)
     yield tag("p", [tag("span", entry) for entry in meta], cls="meta") if meta else None
-    yield tag("p", outcome.signed(findings.verdict(found)), cls="lead")
+    yield tag("p", outcome.signed(findings.verdict(found, outcome.how_many(evaluation))), cls="lead")
     if lines := findings.warnings(found, curves):
         yield tag("ul", [tag("li", line) for line in lines], cls="warnings")
     before, after = outcome.baseline(found), outcome.last(found)
     shown = [metric for metric in outcome.measured(found) if metric.key != "eos_rate"]
     yield tag("div", [_tile(metric, before, after) for metric in shown], cls="tiles")
     if before is not after:
-        last = ", the last checkpoint" if outcome.number(after, "step") else ""
+        last = ", the last checkpoint" if outcome.by_step(after, found) else ""
         yield tag(
             "p",
-            f"{after['name']}{last}, against {before['name']}. {_how_sure(after)}",
+            f"{after['name']}{last}, against {before['name']}. {_how_sure(after, outcome.how_many(evaluation))}",
             cls="note",
         )
 
 
-def _how_sure(after: outcome.Policy) -> str:
+def _how_sure(after: outcome.Policy, prompts: int | None) -> str:
     if after.get("gain"):
-        return "Ranges are 95 % intervals of the change, by a bootstrap over the prompts."
+        if prompts is not None and prompts < LEAST:
+            return f"{findings.too_few(prompts)}."
+        count = f"{prompts} " if prompts else ""
+        return f"Ranges are 95 % intervals of the change, by a bootstrap over the {count}prompts."
     if any(key.endswith("_se") for key in after["metrics"]):
         return "Ranges are 95 % intervals of the change, from the two standard errors as if independent."
     return ""

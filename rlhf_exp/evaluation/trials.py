@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_exp.schema import GOLD, member_of
 from rlhf_exp.store.frozen import CONFIG
 from rlhf_exp.store.listing import CORRUPT, EMPTY, Entry
 from rlhf_exp.store.manifest import RECORD
@@ -28,6 +29,8 @@ HELDOUT, TRAINING = "heldout", "training"  # sources
 NO_POLICY = ("sft", "reward", "probe", "prefer", "export", "report", "pipeline")
 EVAL, EVALUATION, METRICS, SAMPLES = "eval", "eval.json", "metrics.jsonl", "samples.jsonl"
 LOST = ("FAILED", CORRUPT, EMPTY)  # states whose points are not shown: what they are worth is not known
+# of the models' own distributions, where the sampler's are others: the x-axis, whatever was sampled
+OWN_KL = "objective/kl_untruncated"
 LOGGED = {"kl": "objective/kl", "reward": "objective/scores", "gold": "objective/gold"}  # in training curves
 TEXT = 4000  # characters of a sample that a page holds
 
@@ -74,6 +77,9 @@ class Trial:
     rows: dict[str, list[Row]] = field(default_factory=dict)  # source -> policies, by step
     samples: dict[str, list[Sample]] = field(default_factory=dict)  # source -> prompts
     evaluation: dict[str, Any] = field(default_factory=dict)  # the evaluation's config
+    scorers: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # source -> role -> key of a reward model
     run_name: str | None = None
     digest: str = ""  # of all that was read
 
@@ -119,14 +125,13 @@ def read(entries: Iterable[Entry], samples: int = 20) -> tuple[list[Trial], list
             else:
                 alone.append(replace(_trial(e), reason=_reason(e) or found))
             continue
-        parts = _by_run(found, parents)
+        parts = by_run(found, parents)
         for who, part in parts.items():
             trial = None if who in found.apart else known.get(parents.get(found.roles.get(who, who), ""))
             if trial is None:
                 trial = _trial(e)
-                if len(parts) > 1 or len(parents) > 1 or who in found.apart:  # each policy is a trial
-                    trial.name, trial.path = f"{trial.name}:{who}", f"{trial.path}#{who}"
-                    trial.run_name = trial.config["policy"] = who
+                if len(parts) > 1 or len(parents) > 1 or who in found.apart:
+                    apart(trial, who)
                 alone.append(trial)
             elif trial.name in shown:
                 older = shown[trial.name].name
@@ -135,10 +140,16 @@ def read(entries: Iterable[Entry], samples: int = 20) -> tuple[list[Trial], list
             if who == found.roles.get(who) and who != trial.stage:
                 trial.run_name = trial.run_name or who  # rloo, which is of stage ppo
             trial.rows[HELDOUT], trial.samples[HELDOUT] = part.rows, part.samples
-            trial.evaluation = read_config(e)
+            trial.evaluation, trial.scorers[HELDOUT] = read_config(e), _scorers(e)
             both = trial.digest + _digest(e.path, (EVALUATION, CONFIG))
             trial.digest = hashlib.sha256(both.encode()).hexdigest()
     return trained + alone, notes
+
+
+def apart(trial: Trial, who: str) -> None:
+    """Make the trial of an evaluation that of one of its policies: each is a trial."""
+    trial.name, trial.path = f"{trial.name}:{who}", f"{trial.path}#{who}"
+    trial.run_name = trial.config["policy"] = who
 
 
 def policies_of(e: Entry, known: Container[str]) -> dict[str, str]:
@@ -161,7 +172,7 @@ class Evaluated(NamedTuple):
     apart: frozenset[str]  # those that no run trained: best-of-n of some policy
 
 
-def _by_run(found: Evaluated, parents: Mapping[str, str]) -> dict[str, Evaluated]:
+def by_run(found: Evaluated, parents: Mapping[str, str]) -> dict[str, Evaluated]:
     """Role or name -> its part of an evaluation of several runs; the start belongs to each."""
     runs = found.runs
     if len(parents) < 2:
@@ -207,6 +218,12 @@ def _trial(e: Entry) -> Trial:
     return found
 
 
+def _scorers(e: Entry) -> dict[str, str]:
+    """The reward models that a run scored by, gold included: role -> key."""
+    parents = e.inputs["parents"].items()
+    return {role: str(p.get("key")) for role, p in parents if member_of(role) is not None or role == GOLD}
+
+
 def _reason(e: Entry) -> str:
     """The last line of what went wrong."""
     text = e.problem or e.record.get("error") or ("no run.json" if e.state == EMPTY else "")
@@ -232,7 +249,7 @@ def _trained(e: Entry, samples: int) -> Trial:
     except (OSError, ValueError) as error:
         found.state, found.reason = CORRUPT, f"{METRICS} cannot be read ({error})"
         return found
-    found.rows[TRAINING] = rows_of_curve(curve, e.stage)
+    found.rows[TRAINING], found.scorers[TRAINING] = rows_of_curve(curve, e.stage), _scorers(e)
     found.samples[TRAINING] = _logged_samples(e, samples)
     return found
 
@@ -244,6 +261,7 @@ def rows_of_curve(curve: Iterable[Mapping[str, Any]], stage: str) -> list[Row]:
         figures = _numbers(line)
         step = figures.pop("step", None)
         figures |= {name: figures[key] for name, key in LOGGED.items() if key in figures}
+        figures |= {"kl": figures[OWN_KL]} if OWN_KL in figures else {}
         if "kl" in figures and step is not None:
             rows.append(Row(f"{stage}@{step:g}", step, figures))
     return sorted(rows, key=lambda row: row.step)
@@ -262,25 +280,29 @@ def _evaluation(e: Entry, samples: int) -> Evaluated | str:
     if e.state in LOST or not (e.path / EVALUATION).is_file():
         return "it has no figures"
     try:
-        content = json.loads((e.path / EVALUATION).read_text(encoding="utf-8"))
-        policies = content["policies"]
-        pairs = [
-            (Row(str(p["name"]), _place(p), _numbers(p["metrics"]), "kl" in p.get("bounds", ())), _run_of(p))
-            for p in policies
-        ]
-        roles = {_run_of(p): str(p["role"]) for p in policies if p.get("role")}
-        apart = frozenset(_run_of(p) for p in policies if p.get("best_of"))
-        shown = [
-            Sample(
-                _cut(sample["prompt"]),
-                {str(name): _answer(answer) for name, answer in sample["responses"].items()},
-            )
-            for sample in (content.get("samples") or [])[:samples]
-        ]
+        return parsed(json.loads((e.path / EVALUATION).read_text(encoding="utf-8")), samples)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{EVALUATION} cannot be read ({type(error).__name__}: {error})"
+
+
+def parsed(content: Mapping[str, Any], samples: int) -> Evaluated:
+    """The content of eval.json. Raises KeyError, TypeError or AttributeError for what is no such content."""
+    policies = content["policies"]
+    pairs = [
+        (Row(str(p["name"]), _place(p), _numbers(p["metrics"]), "kl" in p.get("bounds", ())), _run_of(p))
+        for p in policies
+    ]
+    roles = {_run_of(p): str(p["role"]) for p in policies if p.get("role")}
+    chosen = frozenset(_run_of(p) for p in policies if p.get("best_of"))
+    shown = [
+        Sample(
+            _cut(sample["prompt"]),
+            {str(name): _answer(answer) for name, answer in sample["responses"].items()},
+        )
+        for sample in (content.get("samples") or [])[:samples]
+    ]
     pairs.sort(key=lambda pair: (math.inf if pair[0].step is None else pair[0].step, not pair[0].is_start))
-    return Evaluated([row for row, _ in pairs], shown, [run for _, run in pairs], roles, apart)
+    return Evaluated([row for row, _ in pairs], shown, [run for _, run in pairs], roles, chosen)
 
 
 def _place(policy: Mapping[str, Any]) -> float | None:

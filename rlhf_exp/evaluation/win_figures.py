@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_exp.evaluation import outcome, render
+from rlhf_exp.evaluation import findings, outcome, render
+from rlhf_exp.evaluation.interval import LEAST
 from rlhf_exp.evaluation.markup import Content, Html, tag
 from rlhf_exp.evaluation.render import THEME, Panel
 
@@ -75,13 +76,20 @@ def section(evaluation: Mapping[str, Any]) -> Content:
         "p",
         f"How often a policy's answer is better than that of {against}, to the same prompt with the same noise"
         + (f", by {judge['by']}" if judge.get("by") else "")
-        + ". A tie counts half, so that 50% is no difference; intervals are by a bootstrap over the prompts.",
+        + f". A tie counts half, so that 50% is no difference; {_how_sure(outcome.how_many(evaluation))}.",
         cls="note",
     )
     picture = Html(render.svg(drawn, size(evaluation), "wins"))
     label = f"{drawn.title}: {drawn.about}"
     yield tag("div", tag("figure", picture, role="img", aria_label=label), cls="panels wide")
     yield tag("div", _table(evaluation), cls="scroll", tabindex="0", role="region", aria_label="Win rates")
+
+
+def _how_sure(prompts: int | None) -> str:
+    if prompts is not None and prompts < LEAST:
+        return findings.too_few(prompts)
+    count = f"{prompts} " if prompts else ""
+    return f"intervals are by a bootstrap over the {count}prompts, Wilson's where all prompts are alike"
 
 
 def _table(evaluation: Mapping[str, Any]) -> Html:

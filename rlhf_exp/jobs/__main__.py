@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from rlhf_exp.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError
 from rlhf_exp.jobs import graph as graphs
@@ -19,6 +20,7 @@ from rlhf_exp.sweeps import folder
 
 RESULTS = Path("multirun/results")
 LINES = 20
+LOOK_S = 3.0  # seconds between two looks at a job whose log is followed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     logs = add("logs", "What a trial or an upstream job has written; without a name: of all that failed.")
     logs.add_argument("unit", nargs="?", help="number of a trial, or name of an upstream job")
     logs.add_argument("-n", "--lines", type=int, default=LINES, help=f"the last so many ({LINES}); 0: all")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes, until it has ended")
     cancel = add("cancel", "End jobs, waiting or running: these, or all of the sweep.")
     cancel.add_argument("units", nargs="*", help="numbers of trials, names of upstream jobs")
     resume = add("resume", "Submit again what has neither ended well nor waits or runs.")
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, and of collect and status --watch 1 if a trial failed, 75 if some wait or run; 2 bad input."""
     args = parser().parse_args(argv)
     try:
+        _without_sweep(args)
         sweep = _sweep(args.sweep)
         return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "collect": _collect}[
             args.command
@@ -70,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _without_sweep(args: argparse.Namespace) -> None:
+    """`logs 3`, `cancel 3 4`: what stands in the sweep's place is a job, and the sweep the newest."""
+    given = args.sweep
+    if given is None or os.sep in given or folder.is_sweep(Path(given)):
+        return
+    if args.command == "logs" and args.unit is None:
+        args.sweep, args.unit = None, given
+    elif args.command == "cancel":
+        args.sweep, args.units = None, [given, *args.units]
 
 
 def _sweep(given: str | None) -> Path:
@@ -126,6 +140,8 @@ def _logs(sweep: Path, args: argparse.Namespace) -> int:
         chosen = [_unit(sweep, known, args.unit)]
     for unit in chosen:
         path = script.log(sweep, unit.job) if unit.job else None
+        if args.follow and path is not None:
+            _await(sweep, unit.name, path)
         if path is None or not path.is_file():
             print(
                 f"== {unit.name}: no log ({'not submitted' if path is None else f'{path} is not there yet'})"
@@ -134,22 +150,40 @@ def _logs(sweep: Path, args: argparse.Namespace) -> int:
                 print(unit.reason)
             continue
         print(f"== {unit.name}: {path}", flush=True)
-        text = path.read_text(errors="replace").splitlines()
-        print(*text[-args.lines :], sep="\n", flush=True)
-        if args.follow:
-            _follow(path)
+        with path.open(errors="replace") as stream:
+            text = stream.read().splitlines(keepends=True)
+            print(*text[-args.lines :], sep="", end="", flush=True)
+            if args.follow:
+                _follow(sweep, unit.name, stream)
     return 0
 
 
-def _follow(path: Path) -> None:
-    """Print what is added to a file, until Ctrl-C."""
-    with path.open(errors="replace") as stream:
-        stream.seek(0, 2)
-        while True:
-            if more := stream.read():
-                print(more, end="", flush=True)
-            else:
-                time.sleep(0.5)
+def _await(sweep: Path, name: str, path: Path) -> None:
+    """Wait for the log of a job that has not begun."""
+    said = ""
+    while not path.is_file() and not (row := _row(sweep, name)).unit.ended:
+        if (words := watch.line(row)) != said:
+            print(said := words, flush=True)
+        time.sleep(LOOK_S)
+
+
+def _follow(sweep: Path, name: str, stream: TextIO) -> None:
+    """Print what is added to a log until the job has ended, or Ctrl-C."""
+    ended, looked = False, 0.0
+    while True:
+        if more := stream.read():
+            print(more, end="", flush=True)
+        elif ended:
+            return
+        else:
+            time.sleep(0.5)
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                ended = _row(sweep, name).unit.ended
+
+
+def _row(sweep: Path, name: str) -> Row:
+    return next(row for row in _look(sweep)[0] if row.unit.name == name)
 
 
 def _unit(sweep: Path, known: dict[str, Unit], name: str) -> Unit:

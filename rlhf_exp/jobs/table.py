@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.jobs.watch import Row
 from rlhf_exp.sweeps import ledger
-from rlhf_exp.sweeps.table import swept, values_of
+from rlhf_exp.sweeps.table import shortened, swept, values_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +21,9 @@ COLOURS = {
     ledger.INTERRUPTED: "red",
     ledger.RUNNING: "cyan",
 }
+COLUMNS = ("", "what", "job", "status", "node", "time", "starts", "objective", "why")
+ALWAYS = ("", "what", "job", "status")
+FIGURES = ("job", "status", "time", "starts", "objective")  # never broken
 
 
 def table(sweep: Path, rows: Sequence[Row], note: str = "") -> Table:
@@ -29,7 +32,8 @@ def table(sweep: Path, rows: Sequence[Row], note: str = "") -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    differ = set(swept(ledger.states(sweep)))
+    differ = swept(ledger.states(sweep))
+    names = named(rows, differ)
     found = Table(
         title=str(sweep),
         title_justify="left",
@@ -39,27 +43,54 @@ def table(sweep: Path, rows: Sequence[Row], note: str = "") -> Table:
         caption=summary(rows) + note,
         caption_justify="left",
     )
-    for name in ("", "what", "job", "status", "node", "time", "starts", "objective", "why"):
-        right = name in ("", "time", "starts", "objective")
+    lines = [cells(row, names) for row in rows]
+    # a terminal is narrow: what nobody has takes no place
+    shown = [name for name in COLUMNS if name in ALWAYS or any(line[name] for line in lines)]
+    for name in shown:
+        figure, right = name in FIGURES, name in ("", "time", "starts", "objective")
         found.add_column(
-            name, justify="right" if right else "left", overflow="fold", no_wrap=name in ("job", "status")
+            name,
+            justify="right" if right else "left",
+            overflow="ellipsis" if figure else "fold",
+            no_wrap=figure,
         )
-    for row in rows:
-        unit = row.unit
-        chosen = [f"{key}={value}" for key, value in values_of(unit.overrides).items() if key in differ]
-        what = unit.name if unit.number is None else " ".join(chosen).replace("\\:", ":") or unit.stage
-        found.add_row(
-            "" if unit.number is None else str(unit.number),
-            Text(what),
-            unit.job or "",
-            Text(row.status, style=COLOURS.get(row.status, "")),
-            (row.state.nodes if row.state is not None else "") or unit.host or "",
-            clock(row),
-            str(unit.starts or ""),
-            number_of(unit.end.get("objective")),
-            Text(row.why),
-        )
+    for line in lines:
+        texts = [Text(line[name]) for name in shown]
+        texts[shown.index("status")].stylize(COLOURS.get(line["status"], ""))
+        found.add_row(*texts)
     return found
+
+
+def cells(row: Row, names: Mapping[int, str]) -> dict[str, str]:
+    """A row's cells by column. names: what each trial is called."""
+    unit = row.unit
+    return {
+        "": "" if unit.number is None else str(unit.number),
+        "what": unit.name if unit.number is None else names[unit.number] or unit.stage,
+        "job": unit.job or "",
+        "status": row.status,
+        "node": (row.state.nodes if row.state is not None else "") or unit.host or "",
+        "time": clock(row),
+        "starts": str(unit.starts) if unit.starts > 1 else "",
+        "objective": number_of(unit.end.get("objective")),
+        "why": row.why,
+    }
+
+
+def named(rows: Sequence[Row], keys: Sequence[str]) -> dict[int, str]:
+    """Number of a trial -> what it has of these keys, by their last word: `kl_coef=0.1`."""
+    trials = [row.unit for row in rows if row.unit.number is not None]
+    found: dict[int, list[str]] = {unit.number: [] for unit in trials}
+    endings = Counter(key.rpartition(".")[2] for key in keys)
+    for key in keys:
+        short = key.rpartition(".")[2]
+        name = short if endings[short] == 1 else key
+        having = {unit.number: values_of(unit.overrides).get(key) for unit in trials}
+        texts = shortened([value or "" for value in having.values()])
+        for number, text in zip(having, texts, strict=True):
+            if having[number] is not None:
+                found[number].append(f"{name}={text}")
+    return {number: " ".join(parts) for number, parts in found.items()}
 
 
 def clock(row: Row) -> str:

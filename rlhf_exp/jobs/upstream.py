@@ -36,7 +36,7 @@ def run(sweep: Path, name: str) -> None:
     known = graph.read(sweep)
     if known is None or name not in known[0].upstream:
         raise InputError(f"{sweep / graph.FILE} has no upstream job {name}")
-    say(ledger.STARTED, host=socket.gethostname(), pid=os.getpid(), job=os.environ.get("SLURM_JOB_ID"))
+    say(ledger.STARTED, host=socket.gethostname(), pid=os.getpid(), job=trial.job())
     began, status, reason = time.monotonic(), ledger.FAILED, ""
     try:
         _build(sweep, name, known[0].upstream[name])

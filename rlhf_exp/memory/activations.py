@@ -54,6 +54,7 @@ FAMILIES = {
     "gpt_neox": Family(norms=1, activation=1, packed=True, copied=True),  # both norms read the same
     "opt": Family(activation=1, product=False, rotary=False),
     "bloom": Family(activation=1, rotary=False, eager=True),
+    "bert": Family(activation=1, rotary=False),  # encoders, which nothing trains
 }
 
 
@@ -93,7 +94,9 @@ def token(model: Architecture, forward: Forward) -> float:
         role, width = _reads(name, model)
         inputs[role] = width
         total += 0 if forward.full else forward.rank * w
-        total += 2 * width * w if forward.dropout else 0
+        total += (
+            2 * width * w if forward.dropout else 0
+        )  # what was drawn, and what that leaves, of each matrix
     if forward.dropout:
         inputs = {}
     packed = q + 2 * k

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from rlhf_exp.schema import PPORun, Run
+from rlhf_exp.schema import PPORun, RewardRun, Run
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Lever:
     note: str = ""
 
 
+LEAST = 0.001  # of the peak, that a lever has to save
 Changed = tuple[str, Run, str]  # the setting, the config with it, what to know of it
 
 
@@ -27,7 +28,7 @@ def levers(config: Run, need: Callable[[Run], float], device: str, ranks: int) -
         Lever(setting, now - need(changed), note)
         for setting, changed, note in _changes(config, device, ranks)
     ]
-    return sorted((lever for lever in found if lever.saving > 0.005 * now), key=lambda lever: -lever.saving)
+    return sorted((lever for lever in found if lever.saving > LEAST * now), key=lambda lever: -lever.saving)
 
 
 def _changes(config: Run, device: str, ranks: int) -> Iterator[Changed]:
@@ -86,3 +87,7 @@ def _smaller_batch(config: Run) -> Iterator[Changed]:
         if size > smaller:
             new = replace(config, train=replace(config.train, micro_batch_size=smaller))
             yield f"train.micro_batch_size={smaller}", new, "or 0: as many as fit"
+        if isinstance(config, RewardRun) and size > 2:
+            tokens = 2 * (config.dataset.max_prompt_tokens + 2 * config.dataset.max_response_tokens)
+            new = replace(config, reward=replace(config.reward, micro_batch_tokens=tokens))
+            yield f"reward.micro_batch_tokens={tokens}", new, "two of the longest pairs, more of short ones"

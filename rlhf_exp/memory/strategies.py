@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rlhf_exp.memory.architecture import Architecture
-from rlhf_exp.memory.parts import BYTES, DECODE, GRADIENTS, OPTIMISER, PARAMETERS, PREFILL, Item, phases
+from rlhf_exp.memory.counted import BYTES, DECODE, GRADIENTS, OPTIMISER, PARAMETERS, PREFILL, Item, phases
 
 SHARDED_MOMENTS = ("zero1", "zero2", "zero3", "zero3_offload")
 SHARDED_BASE = ("zero3", "zero3_offload")
@@ -87,8 +87,9 @@ def volume(
     ring = (ranks - 1) / ranks
     gradients = sum(item.bytes for item in items if item.kind == GRADIENTS)
     step, why = 2 * ring * gradients, "gradients of adapters and heads, summed"
-    if strategy in SHARDED_MOMENTS:  # and the weights that each rank has stepped
-        step, why = 3 * ring * gradients, "gradients summed, stepped weights gathered"
+    if strategy in SHARDED_MOMENTS:
+        # DeepSpeed sums them once more (zero_adamw.py), and gathers what each rank has stepped
+        step, why = 5 * ring * gradients, "gradients summed twice, stepped weights gathered"
     rollout = 0.0
     if strategy in SHARDED_BASE:
         base = sum(i.bytes for i in items if i.role == "base" and i.kind == PARAMETERS and not i.label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 
-from rlhf_exp.memory.parts import Item, phases
+from rlhf_exp.memory.counted import Item, phases
 
 WIDTH = 110  # columns, wherever it is printed: in a log too
 

@@ -62,8 +62,8 @@ def picks(margins: Margins, pairs: str, least: float, dropped: Counter[str]) -> 
     places = list(combinations(range(count), 2))
     if pairs == BEST_WORST:
         totals = [math.fsum(margin for margin in row if margin is not None) for row in margins]
-        ranked = sorted(range(count), key=lambda i: -totals[i])
-        places = [(ranked[0], ranked[-1])]
+        # of equal sums the first, of the worst too; where all are, nobody is best
+        places = [(totals.index(max(totals)), totals.index(min(totals)))]
     found = []
     for i, j in places:
         margin = margins[i][j]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT = "minilm"  # of rlhf_exp.fetch
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BATCH = 64  # texts a forward
+SHORT = 512  # tokens, of an encoder whose config does not say how many positions it has: BERT's
 
 
 class Encoder(NamedTuple):
@@ -146,8 +147,12 @@ def _load(folder: Path, device: str) -> Encoder:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot load the encoder in {folder}: {reason}") from error
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    length = min(_json(folder / "sentence_bert_config.json").get("max_seq_length") or positions, positions)
-    return Encoder(model.requires_grad_(False).eval(), tokenizer, length)
+    return Encoder(model.requires_grad_(False).eval(), tokenizer, longest(folder, positions))
+
+
+def longest(folder: Path, positions: int) -> int:
+    """Tokens that an encoder with so many positions was trained for."""
+    return min(_json(folder / "sentence_bert_config.json").get("max_seq_length") or positions, positions)
 
 
 def _pooling(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,10 @@ def restricts(generation: Generation) -> bool:
 
 
 def reshapes(generation: Generation) -> bool:
-    """Whether answers come from another distribution than the model's own at temperature 1 (forbidden tokens apart)."""
+    """Whether answers come from another distribution than the model's own at temperature 1.
+
+    Forbidden tokens do not count.
+    """
     return restricts(generation) or generation.temperature != 1 or generation.repetition_penalty != 1
 
 

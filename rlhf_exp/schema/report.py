@@ -12,7 +12,10 @@ from rlhf_exp.fields import leaf
 class Report:
     """Scores against KL of every trial and checkpoint (docs/report.md)."""
 
-    kl: str = leaf("kl", doc="The x-axis: a metric of eval.json; kl is objective/kl in training curves, or objective/kl_untruncated where there is one.")
+    kl: str = leaf(
+        "kl",
+        doc="The x-axis: a metric of eval.json; of training curves objective/kl_untruncated, else objective/kl.",
+    )
     objectives: list[str] = leaf(
         ["gold", "reward", "win_rate"],
         doc="The y-axes, the first is the one that decides: metrics of eval.json; of training curves reward is "

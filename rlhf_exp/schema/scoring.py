@@ -77,8 +77,8 @@ class RewardSource:
     )
     gate: str = leaf(
         "warn",
-        doc="Before ppo or ilql, where a reward model's probes are above their limits: warn says so, fail stops, "
-        "patch trains it again with synthetic negatives of the kinds that are, off does not look.",
+        doc="Before ppo, ilql or rft, where a reward model's probes are above their limits: warn says so, fail "
+        "stops, patch trains it again with synthetic negatives of the kinds that are, off does not look.",
         choices=("warn", "fail", "patch", "off"),
         keyed=False,  # what patch trains arrives as the parents' keys
     )

@@ -10,7 +10,7 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.model import shapes, torchfile
 from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Tracking
-from rlhf_exp.stages.context import ADAPTER, HEAD, ILQL, MODEL, adapter_folder, head_file
+from rlhf_exp.stages.context import ADAPTER, HEAD, HEADS_FILE, ILQL, MODEL, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
 from rlhf_exp.store.manifest import MANIFEST
 from rlhf_exp.store.runs import RunFolder
@@ -141,6 +141,9 @@ def content_key(stage: str, folder: Path) -> str:
     if stage == "ppo" and (folder / MANIFEST).is_file():  # `eval` looks at the kept checkpoints too
         return fingerprint_folder(folder, (MANIFEST,))
     weights = adapter_folder(folder)
-    adapter = fingerprint_folder(weights, (BIN if _is_bin(weights) else WEIGHTS, CONFIG))
-    head = head_file(folder)
-    return f"{adapter}+{fingerprint_folder(head.parent, (head.name,))}" if head.is_file() else adapter
+    found = [fingerprint_folder(weights, (BIN if _is_bin(weights) else WEIGHTS, CONFIG))]
+    # the head of a reward model; Q and V, which ilql decodes by
+    for file in (head_file(folder), folder / ILQL / HEADS_FILE):
+        if file.is_file():
+            found.append(fingerprint_folder(file.parent, (file.name,)))
+    return "+".join(found)

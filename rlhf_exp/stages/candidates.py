@@ -62,20 +62,28 @@ def candidates(config: EvalRun, context: Context) -> list[Candidate]:
 def listed(evaluation: Evaluation, parents: Mapping[str, Path], sft_base: bool) -> list[Candidate]:
     """parents: role -> run folder or PEFT folder; sft_base: whether the base itself is what sft made."""
     if evaluation.policies:
-        found = list(_named(evaluation, parents, sft_base))
-        _require_different(found)
+        called = names(evaluation, parents)
+        read = entries(evaluation)
+        found = [
+            c for entry in read for c in of_entry(evaluation, entry, called[entry.place], parents, sft_base)
+        ]
+        require_different(found)
         return found
     sft = _adapter("sft", parents)
     found = [Candidate(SFT if sft or sft_base else PLAIN, 0, sft, SFT)]
     return found + (of_run(evaluation, parents["ppo"], "ppo") if "ppo" in parents else [])
 
 
-def _named(evaluation: Evaluation, parents: Mapping[str, Path], sft_base: bool) -> Iterator[Candidate]:
-    called = names(evaluation, parents)
-    for entry in entries(evaluation):
-        for found in _plainly(evaluation, entry, called[entry.place], parents, sft_base):
-            found.role = entry.role or ""
-            yield _decoded(found, entry, parents) if entry.how else found
+def of_entry(
+    evaluation: Evaluation, entry: Entry, name: str, parents: Mapping[str, Path], sft_base: bool
+) -> Iterator[Candidate]:
+    """The policies that an entry names, called `name`; parents and sft_base as in `listed`, the entry's own at least.
+
+    InputError for a step that was not kept, for Q and V that are not there.
+    """
+    for found in _plainly(evaluation, entry, name, parents, sft_base):
+        found.role = entry.role or ""
+        yield _decoded(found, entry, parents) if entry.how else found
 
 
 def _decoded(plain: Candidate, entry: Entry, parents: Mapping[str, Path]) -> Candidate:
@@ -115,10 +123,10 @@ def _plainly(
     elif entry.who == SFT:
         yield Candidate(name, 0, sft, SFT)
     else:
-        yield from _of_entry(evaluation, entry, parents[entry.role], name)
+        yield from _of_folder(evaluation, entry, parents[entry.role], name)
 
 
-def _of_entry(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> Iterator[Candidate]:
+def _of_folder(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> Iterator[Candidate]:
     """A run of PPO has checkpoints, of which `WHO@STEP` wants one; what else has an adapter is one policy."""
     kept = {step_of(path): path for path in sorted((folder / CHECKPOINTS).glob(f"{STEP}*"))}
     ppo = entry.who in STEPPED or bool(kept) or record_of(folder).get("stage") == "ppo"
@@ -143,7 +151,7 @@ def _of_entry(evaluation: Evaluation, entry: Entry, folder: Path, name: str) -> 
         yield Candidate(name, 0, adapter_folder(folder), OTHER)
 
 
-def _require_different(found: list[Candidate]) -> None:
+def require_different(found: list[Candidate]) -> None:
     """Neither a name nor a policy twice."""
     by_name: dict[str, Candidate] = {}
     by_adapter: dict[object, Candidate] = {}

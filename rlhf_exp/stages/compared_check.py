@@ -43,19 +43,24 @@ def _reference(node: Node, config: EvalRun, plan: Plan) -> Iterator[str]:
 
 
 def _policies(node: Node, config: EvalRun, plan: Plan) -> Iterator[str]:
-    """As at the start of the evaluation (candidates.py), where all runs are there; else what is known of them."""
+    """As at the start of the evaluation (candidates.py), of each entry whose run is there; else what is known."""
     from rlhf_exp.stages import candidates  # imports torch
 
     sft = node.parents["sft"]
     parents = {role: p.folder for role, p in node.parents.items() if p.folder and not p.makes_base}
+    folder = plan.base.folder
+    sft_base = sft.makes_base or (folder is not None and candidates.made_by_sft(folder))
     if all(parent.folder or parent.is_base for parent in node.parents.values()):
-        sft_base = sft.makes_base or (
-            plan.base.folder is not None and candidates.made_by_sft(plan.base.folder)
-        )
         candidates.reference_of(config.eval, candidates.listed(config.eval, parents, sft_base))
         return
-    called = policies.names(config.eval, parents)
+    called, found = policies.names(config.eval, parents), []
     for entry in policies.entries(config.eval):
+        if entry.role in parents:
+            try:
+                found += candidates.of_entry(config.eval, entry, called[entry.place], parents, sft_base)
+            except InputError as error:
+                yield from error.problems
+            continue
         ppo = node.parents[entry.who].config if entry.who in policies.STEPPED else None
         if entry.step is not None and ppo is not None:
             steps, every = ppo.ppo.steps, ppo.ppo.save_every
@@ -64,6 +69,7 @@ def _policies(node: Node, config: EvalRun, plan: Plan) -> Iterator[str]:
                     f"{entry.key}={entry.text}: step {entry.step} will not be kept: ppo.save_every={every} keeps its "
                     f"multiples, and the last, {steps}"
                 )
+    candidates.require_different(found)
     against = config.eval.against
     known = list(called.values()) or ["sft", "base", "ppo"]
     if against is not None and not any(

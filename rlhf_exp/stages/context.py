@@ -31,6 +31,7 @@ EVALUATION, MARGINS = "evaluation", "margins.png"  # of reward: how good its pre
 EXPORT = "export"  # the files that stage=export writes
 SELECTED = "selected.jsonl"  # of rft: the answers that were learned
 PREFERENCES = "prefer.json"  # of prefer: what was kept and left out, beside comparisons.jsonl
+ROWS = 64  # answers that are generated or scored together where nothing is trained on them
 MODEL = "model"  # of sft with lora.full: all weights, the base of the later stages
 
 

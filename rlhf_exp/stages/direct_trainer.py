@@ -111,7 +111,10 @@ class ByStep:
         total, tokens = torch.zeros((), device=device), getattr(self, "_total_train_tokens", 0)
         self.prepare(batches, counts)
         for share, batch in zip(shares, batches, strict=True):
+            seen = getattr(self, "_total_train_tokens", 0)
             loss = self.compute_loss(model, batch) * share
+            if not share:
+                self._total_train_tokens = seen
             self.accelerator.backward(loss)
             total += loss.detach()
         divided.join_metrics(self, shares, tokens)

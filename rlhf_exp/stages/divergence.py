@@ -17,9 +17,7 @@ from rlhf_exp.algorithms.logits import rows_at_once
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.rollout.engine import Adjust, Rollout
 from rlhf_exp.rollout.scoring import Answers, answers, by_length, chosen, hidden_before
-from rlhf_exp.stages.context import Context
-
-ROWS = 64  # answers looked at together
+from rlhf_exp.stages.context import ROWS, Context
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from rlhf_exp.stages import steering
 from rlhf_exp.stages.actors import Heads, load_reward_models
 from rlhf_exp.stages.candidates import SFT, Candidate, candidates, reference_of
 from rlhf_exp.stages.compared import Comparer, own_scores, said
-from rlhf_exp.stages.context import Context
+from rlhf_exp.stages.context import ROWS, Context
 from rlhf_exp.stages.data_answers import answers_to, prompts_of
 from rlhf_exp.stages.divergence import best_of_n_to_sft, kl_to_sft
 from rlhf_exp.stages.drawing import Drawn, Rounds, best
@@ -40,7 +40,6 @@ SHOW = (
     ("kl", "KL", ".2f"),
     ("length", "length", ".1f"),
 )
-ROWS = 64  # answers generated or scored together
 
 
 @dataclass
@@ -75,7 +74,9 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
                 asked = repeat(prompts, config.eval.samples_per_prompt)
                 now.metrics |= comparer.metrics(now, measured[reference], asked)
             measured[place] = now
-            log.step(number, now.metrics | {"policy_step": float(now.candidate.step)})
+            # a policy that is off the path of training, as best of n, was here at no step
+            place = {"policy_step": float(now.candidate.step)} if now.candidate.on_path else {}
+            log.step(number, now.metrics | place)
             log.samples(number, sample_rows(now, prompts, answer))
     found = [measured[place] for place in range(len(everyone))]
     evaluation = content(config, found, prompts)
@@ -90,6 +91,8 @@ def content(config: EvalRun, found: list[Measured], prompts: list[Prompt]) -> di
     """Policies and samples of eval.json (evaluation/outcome.py); gains are over the SFT model, else the first."""
     start = next((m for m in found if m.candidate.name == SFT), found[0])
     return {
+        "prompts": len(prompts),
+        "evaluate_on": config.dataset.evaluate_on,
         "policies": [
             {
                 "name": m.candidate.name,
@@ -145,7 +148,7 @@ def measure(
 
     def draw(j: int) -> Drawn:
         keys = [row_key(config.seed, 0, p.id, s + count * j) for p in prompts for s in range(count)]
-        found = write(context, roles, role, repeat(encoded, count), keys, config.generation, adjust)
+        found = write(roles, role, repeat(encoded, count), keys, config.generation, adjust)
         rewards = score(config.reward_source, roles, heads, found.prompts, judged(found), ROWS)
         return Drawn(found, rewards, sum(map(len, found.responses)))
 
@@ -160,7 +163,7 @@ def measure(
     greedy: list[str] = []
     if config.eval.greedy and candidate.best_of == 1:  # n most probable answers are equal
         one = replace(config.generation, greedy=True)
-        likely = write(context, roles, role, encoded, [0] * len(encoded), one, adjust)
+        likely = write(roles, role, encoded, [0] * len(encoded), one, adjust)
         greedy, greedy_scores = scored(config, roles, heads, prompts, likely)
         metrics |= {f"greedy_{name}": interval.mean_se(values).mean for name, values in greedy_scores.items()}
     metrics["kl"] = distance(context, roles, role, candidate, rollout, adjust)
@@ -230,7 +233,6 @@ def means_of(values: Sequence[float], count: int) -> list[float]:
 
 
 def write(
-    context: Context,
     roles: Roles,
     role: str | None,
     encoded: list[list[int]],
@@ -241,7 +243,7 @@ def write(
     """One answer to each row, ROWS at a time."""
     parts = [slice(i, i + ROWS) for i in range(0, len(encoded), ROWS)]
     return join(
-        generate(context.base, lambda: roles.use(role), encoded[part], keys[part], generation, adjust)
+        generate(roles.base, lambda: roles.use(role), encoded[part], keys[part], generation, adjust)
         for part in parts
     )
 

@@ -8,6 +8,7 @@ knows it once the first reward model is there. No torch here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -55,7 +56,11 @@ def source_of(nodes: Iterable[Node]) -> RewardSource | None:
 
 
 def report_of(node: Node, output_dir: str) -> dict[str, Any] | None:
-    """The probes of a reward model that is there: its run's own, else those of a run of stage probe on it."""
+    """The probes of a reward model that is there: its run's own, else those of a run of stage probe on it.
+
+    Both are of validation pairs: it knows those that it was trained on, and held-out ones are for the end.
+    Those of stage probe have `probed`, how many pairs, which its config may have made few.
+    """
     if node.folder is None:
         return None
     if (own := node.folder / PROBE / REPORT).is_file():
@@ -69,8 +74,8 @@ def report_of(node: Node, output_dir: str) -> dict[str, Any] | None:
         parent = record.get("inputs", {}).get("parents", {}).get("reward", {})
         if record.get("status") == FINISHED and parent.get("key") == node.key:
             report = json.loads((path.parent / PROBE / REPORT).read_text(encoding="utf-8"))
-            if set(PROBES) <= set(report["kinds"]):
-                found.append((record["ended"], report))
+            if set(PROBES) <= set(report["kinds"]) and report.get("split") == "validation":
+                found.append((record["ended"], report | {"probed": report["pairs"]}))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -139,7 +144,8 @@ def check(plan: Plan) -> None:
         elif found := failures(report, source.limits):
             problems.append(
                 f"reward_source.gate=fail: {name} scores too many of these above the real answer: "
-                f"{', '.join(map(str, found))}: set reward_source.gate=patch to train it again against them, or "
+                f"{', '.join(map(str, found))}"
+                f"{_of_how_many(report)}: set reward_source.gate=patch to train it again against them, or "
                 f"raise reward_source.limits.{found[0].kind}{' and so on' if found[1:] else ''}"
             )
     if problems:
@@ -160,10 +166,15 @@ def notes(plan: Plan) -> Iterator[str]:
                 "" if source.gate == "patch" else "; reward_source.gate=patch trains it again against them"
             )
             yield (
-                f"gate: {name} scores too many of these above the real answer: {', '.join(map(str, found))}{advice}"
+                f"gate: {name} scores too many of these above the real answer: {', '.join(map(str, found))}"
+                f"{_of_how_many(report)}{advice}"
             )
         else:
-            yield f"gate: {name}: all probes are within their limits"
+            yield f"gate: {name}: all probes are within their limits{_of_how_many(report)}"
+
+
+def _of_how_many(report: Mapping[str, Any]) -> str:
+    return f" (stage=probe, {report['probed']} pairs)" if "probed" in report else ""
 
 
 def _models(plan: Plan, source: RewardSource) -> list[Node]:
@@ -198,7 +209,7 @@ def changes(node: Node) -> dict[str, Any] | None:
 
 
 def accuracy_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Accuracy on the same validation pairs, and its difference with the paired 95 % bootstrap interval."""
+    """Accuracy on the same validation pairs, and its difference with the paired 95 % interval, prompts resampled."""
     from rlhf_exp.evaluation.interval import paired_bootstrap
     from rlhf_exp.probes.measure import right
 
@@ -206,9 +217,11 @@ def accuracy_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     if [row["id"] for row in rows[0]] != [row["id"] for row in rows[1]]:
         return None
     then, now = ([right(row["chosen"], row["rejected"]) for row in each] for each in rows)
-    difference = paired_bootstrap(then, now)
+    prompts = [row["id"] for row in rows[0]]
+    difference = paired_bootstrap(then, now, prompts)
     n = len(then)
-    return {"pairs": n, "before": sum(then) / n, "after": sum(now) / n, "difference": difference._asdict()}
+    found = {"pairs": n, "prompts": len(set(prompts)), "before": sum(then) / n, "after": sum(now) / n}
+    return found | {"difference": difference._asdict()}
 
 
 def show(plan: Plan) -> None:
@@ -228,10 +241,13 @@ def show(plan: Plan) -> None:
         Console().print(table(found["after"], limits, found["before"]))
         if accuracy := found["accuracy"]:
             d = accuracy["difference"]
+            sure = f"95 %: {d['low']:+.3f} to {d['high']:+.3f}"
+            if math.isnan(d["low"]):
+                sure = "too few prompts for an interval"
             print(
-                f"accuracy on {accuracy['pairs']} real pairs: {accuracy['before']:.3f} before, "
-                f"{accuracy['after']:.3f} after; difference {d['mean']:+.3f} (95 %: {d['low']:+.3f} to "
-                f"{d['high']:+.3f})",
+                f"accuracy on {accuracy['pairs']} real pairs of {accuracy['prompts']} prompts: "
+                f"{accuracy['before']:.3f} before, {accuracy['after']:.3f} after; "
+                f"difference {d['mean']:+.3f} ({sure})",
                 flush=True,
             )
 

@@ -12,19 +12,19 @@ from rlhf_exp.model.ilql_heads import ILQLHeads
 from rlhf_exp.model.roles import Roles
 from rlhf_exp.rewards.functions import NONE
 from rlhf_exp.rewards.source import by_gold, score
-from rlhf_exp.rollout.engine import Adjust, Rollout, generate, judged
+from rlhf_exp.rollout.engine import Adjust, Rollout, judged
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import Generation, ILQLRun
 from rlhf_exp.stages.actors import Heads
-from rlhf_exp.stages.evaluate import join, means_of
+from rlhf_exp.stages.context import ROWS
+from rlhf_exp.stages.evaluate import means_of, write
 from rlhf_exp.stages.steering import steer
 
-ROWS = 64  # answers generated or scored together
 SAMPLES = 4  # answers a beta written to samples.jsonl
 
 
 def prompts_of(config: ILQLRun) -> list[tuple[int, Asked]]:
-    """Id and prompt of what is answered: validation prompts, each once; training prompts where there are none."""
+    """Id and prompt of what is answered: validation prompts, each once; training ones with validation_share=0."""
     rows = load_view(config.dataset, config.ilql.data, "validation")
     rows = rows or load_view(config.dataset, config.ilql.data, "train")
     unique = {row.id: row.prompt for row in rows}
@@ -85,17 +85,7 @@ def decode(
     generation: Generation,
 ) -> Rollout:
     """One answer of the policy to each prompt, ROWS at a time."""
-    return join(
-        generate(
-            roles.base,
-            lambda: roles.use("policy"),
-            prompts[i : i + ROWS],
-            keys[i : i + ROWS],
-            generation,
-            adjust=adjust,
-        )
-        for i in range(0, len(prompts), ROWS)
-    )
+    return write(roles, "policy", prompts, keys, generation, adjust)
 
 
 def rewards_of(config: ILQLRun, roles: Roles, scorers: Heads, rollout: Rollout) -> list[float]:

@@ -14,9 +14,7 @@ from rlhf_exp.rewards.ranking import Margins, by_scores, by_verdicts
 from rlhf_exp.rewards.source import by_model
 from rlhf_exp.schema import JUDGE, LABELLER, LEARNED, PreferRun
 from rlhf_exp.stages.actors import load_reward_models
-from rlhf_exp.stages.context import Context
-
-ROWS = 64  # answers generated or scored together
+from rlhf_exp.stages.context import ROWS, Context
 
 
 @dataclass

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from rlhf_exp import distributed
 from rlhf_exp.errors import InputError
-from rlhf_exp.memory import architecture, free, parts, strategies, table
+from rlhf_exp.memory import architecture, counted, free, parts, strategies, table, weights
 from rlhf_exp.memory.architecture import Architecture
+from rlhf_exp.memory.counted import Facts, Item
 from rlhf_exp.memory.levers import Lever, levers
-from rlhf_exp.memory.parts import Facts, Item
 from rlhf_exp.memory.strategies import Rank
 from rlhf_exp.memory.table import gigabytes
-from rlhf_exp.model import shapes
-from rlhf_exp.schema import JUDGE, EvalRun, PPORun, PreferRun, Run
+from rlhf_exp.schema import PPORun, Run
+from rlhf_exp.stages import second_models
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.preflight import planned, targets_of
-
-SHOWN = 4  # levers
 
 
 def estimate(plan: Plan) -> Iterator[str]:
@@ -40,7 +36,7 @@ def of_node(node: Node, plan: Plan) -> Iterator[str]:
     size = f"{facts.model.parameters / 1e9:.3g} B parameters"
     title = f"{node.name}: {config.model.name}, {size}, {stored(node, plan)}, {facts.device}, {ways(config, facts)}"
     yield from table.lines(title, alone, rank.device, rank.host, facts.ranks)
-    phase, need = parts.peak(rank.device)
+    phase, need = counted.peak(rank.device)
     yield f"peak of {node.name} about {gigabytes(need)} in {phase}" + (
         " on each rank" if facts.ranks > 1 else ""
     )
@@ -53,7 +49,7 @@ def of_node(node: Node, plan: Plan) -> Iterator[str]:
     if room is not None:
         verdict = "fits into" if need <= room else "does NOT fit into"
         yield f"{verdict} {gigabytes(room)}" + ("" if config.memory.gb else " that are free here")
-    for lever in helps(config, facts)[:SHOWN]:
+    for lever in helps(config, facts):
         yield f"  {lever.setting} saves {gigabytes(lever.saving)}" + (
             f" ({lever.note})" if lever.note else ""
         )
@@ -71,8 +67,8 @@ def ways(config: Run, facts: Facts) -> str:
 
 def _separate(config: PPORun, facts: Facts, node: Node) -> Iterator[str]:
     """What four models of their own would take, as PPO is often run."""
-    base = parts.base_bytes(facts.model, facts.dtype, config.model.quantization)
-    trained = sum(parts.separate(config, facts).values())
+    base = weights.base_bytes(facts.model, facts.dtype, config.model.quantization)
+    trained = sum(weights.separate(config, facts).values())
     yield (
         f"four separate models: {gigabytes(4 * base)} for their weights, the one base here {gigabytes(base)}; with "
         f"policy and critic trained in full {gigabytes(trained)} with gradients and moments"
@@ -81,17 +77,12 @@ def _separate(config: PPORun, facts: Facts, node: Node) -> Iterator[str]:
 
 def _logits(config: Run, facts: Facts) -> Iterator[str]:
     """What working through logits in chunks saves: it is always on."""
-    ours = [
-        item
-        for item in parts.items(config, facts)
-        if item.kind == parts.LOGITS and parts.FORWARD in item.phases
-    ]
-    if not isinstance(config, PPORun) or not ours:
-        return
-    rows = min(config.ppo.batch_size * config.ppo.samples_per_prompt, config.ppo.micro_batch_size or 10**9)
-    positions = rows * config.generation.max_new_tokens
-    whole = parts.whole_logits(facts, positions)
-    yield f"log-probs in chunks (always on): {gigabytes(sum(i.bytes for i in ours))} in place of {gigabytes(whole)}"
+    found = [item for item in parts.items(config, facts) if item.whole]
+    if found:
+        held, whole = (
+            gigabytes(sum(bytes_)) for bytes_ in zip(*((i.bytes, i.whole) for i in found), strict=True)
+        )
+        yield f"log-probs in chunks (always on): {held} in place of {whole}"
 
 
 def _travels(config: Run, facts: Facts, alone: list[Item]) -> str:
@@ -117,28 +108,19 @@ def dtype_of(node: Node, plan: Plan) -> str:
 
 def facts_of(node: Node, plan: Plan) -> Facts:
     """What the counting needs besides the config."""
-    config = node.config
+    config, model, dtype = node.config, model_of(plan), dtype_of(node, plan)
+    device = plan.base.device.partition(":")[0]
     return Facts(
-        model=model_of(plan),
-        dtype=dtype_of(node, plan),
-        device=plan.base.device.partition(":")[0],
+        model=model,
+        dtype=dtype,
+        device=device,
         targets=tuple(targets_of(config.lora, config.model)),
         scorers=tuple(role for role, parent in node.parents.items() if parent.stage == "reward"),
         reference="sft" in node.parents
         and not (node.parents["sft"].is_base or node.parents["sft"].makes_base),
-        judge=judge_bytes(config, dtype_of(node, plan)),
+        beside=second_models.of_config(config, model, dtype, device),
         ranks=(plan.config.memory.ranks if plan.config.dry_run else 0) or distributed.world_size(),
     )
-
-
-def judge_bytes(config: Run, dtype: str) -> float:
-    """Of a judge with a folder of its own; 0 where there is none, it is the base, or it is not here yet."""
-    asked = isinstance(config, EvalRun) and config.eval.judge == "model"
-    asked = asked or (isinstance(config, PreferRun) and JUDGE in config.prefer.labellers)
-    folder = Path(os.path.expanduser(config.judge.model or "")) if asked else Path()
-    if not asked or config.judge.model == "base" or not (folder / "config.json").is_file():
-        return 0.0
-    return shapes.size_of(folder).parameters * parts.BYTES[dtype]
 
 
 def items_of(config: Run, facts: Facts, ranks: int | None = None) -> list[Item]:
@@ -155,7 +137,7 @@ def rank_of(config: Run, facts: Facts) -> Rank:
 
 def need_of(config: Run, facts: Facts) -> float:
     """Bytes of a rank's peak on its device."""
-    return parts.peak(rank_of(config, facts).device)[1]
+    return counted.peak(rank_of(config, facts).device)[1]
 
 
 def helps(config: Run, facts: Facts) -> list[Lever]:
@@ -186,9 +168,9 @@ def require_weights(plan: Plan) -> None:
             continue
         config, facts = node.config, facts_of(node, plan)
         room = room_of(config, facts.device)
-        kinds = (parts.PARAMETERS, parts.GRADIENTS, parts.OPTIMISER)
+        kinds = (counted.PARAMETERS, counted.GRADIENTS, counted.OPTIMISER)
         held = [item for item in rank_of(config, facts).device if item.kind in kinds]
-        need = parts.peak(held)[1]
+        need = counted.peak(held)[1]
         if room is not None and need > room:
             lines.append(f"{node.name} {short(need, room, config, facts)}")
     if lines:

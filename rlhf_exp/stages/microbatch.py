@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 from rlhf_exp import distributed
 from rlhf_exp.data.pairs import Pair
 from rlhf_exp.errors import InputError
-from rlhf_exp.memory import architecture, free, parts
-from rlhf_exp.memory.parts import Facts
+from rlhf_exp.memory import architecture, counted, free, parts
+from rlhf_exp.memory.counted import Facts, Item
 from rlhf_exp.memory.table import gigabytes
 from rlhf_exp.model import shapes
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.schema import DPORun, KTORun, PPORun, RewardRun, RFTRun, Run, stage_of
-from rlhf_exp.stages import memory
+from rlhf_exp.stages import memory, second_models
 from rlhf_exp.stages.context import Context
 from rlhf_exp.stages.preflight import targets_of
 
@@ -44,7 +44,7 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
     facts = facts_here(config, context)
     planned = shortened(config, prompts, answers)
     room = memory.room_of(config, facts.device)
-    held = sum(item.bytes for item in parts.items(config, facts) if item.role == "base" and not item.label)
+    held = sum(item.bytes for item in parts.items(config, facts) if already(item))
     if config.memory.gb is not None:  # of the whole device, the base included
         held = 0.0
     if size_of(config):
@@ -74,18 +74,29 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
     return sized(config, chosen)
 
 
+def already(item: Item) -> bool:
+    """Whether it is there once the base is loaded, before the stage begins."""
+    return (
+        item.kind in (counted.LIBRARIES, counted.PARAMETERS)
+        and item.role in ("base", "process")
+        and not item.label
+    )
+
+
 def facts_here(config: Run, context: Context) -> Facts:
     """Of a stage about to run, from its loaded base and its parents."""
     base = context.base
-    folder = base.path
+    folder, dtype, device = base.path, str(base.dtype).removeprefix("torch."), base.device.type
     weights = shapes.of_model(folder) if any(folder.glob("*.safetensors")) else shapes.of_config(folder)
+    model = architecture.of_folder(folder, weights)
     return Facts(
-        model=architecture.of_folder(folder, weights),
-        dtype=str(base.dtype).removeprefix("torch."),
-        device=base.device.type,
+        model=model,
+        dtype=dtype,
+        device=device,
         targets=tuple(targets_of(config.lora, config.model)),
         scorers=tuple(role for role in context.parents if stage_of(role) == "reward"),
         reference=context.adapter("sft") is not None,
+        beside=second_models.of_config(config, model, dtype, device),
         ranks=distributed.world_size(),
     )
 
@@ -148,13 +159,10 @@ def attempt(config: Run, base: Base, size: int, facts: Facts) -> None:
     """What a micro-batch holds: activations and gradients by computing them, all else as empty bytes."""
     import torch
 
-    kinds = (parts.KEPT, parts.PASSING)
-    found = [
-        item
-        for item in memory.rank_of(config, facts).device
-        if item.kind not in kinds and item.role != "base"
-    ]
-    asked = parts.peak(found)[1] if found else 0.0
+    tried = (counted.KEPT, counted.PASSING)
+    here = ("base", "process")
+    beside = [item for item in memory.rank_of(config, facts).device if item.role not in here]
+    asked = sum(i.bytes for i in beside if i.kind not in tried and i.there(counted.FORWARD))
     filler = torch.empty(int(asked), dtype=torch.uint8, device=base.device)
     sampled = isinstance(config, PPORun | RFTRun)
     answer = config.generation.max_new_tokens if sampled else config.dataset.max_response_tokens

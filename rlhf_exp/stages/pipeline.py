@@ -24,22 +24,11 @@ from rlhf_exp.store.frozen import CONFIG, VERSIONS, freeze
 from rlhf_exp.store.locks import build_lock
 from rlhf_exp.store.runs import FAILED, KILLED, PREFIX, RunFolder, find, run_folder
 from rlhf_exp.strategies import command, require
-from rlhf_exp.sweeps import current, pruning
+from rlhf_exp.sweeps import current, figures, pruning
 from rlhf_exp.tracking import Tracker, open_tracker, require_store, resend, tracked
 
 if TYPE_CHECKING:
     from rlhf_exp.model.base import Base
-
-# what a sweep compares: the first of these that a stage reports
-OBJECTIVES = (
-    "last/gold",
-    "last/reward",
-    "objective/gold",
-    "objective/scores",
-    "eval/best_reward",
-    "validation/accuracy",
-    "train/loss",
-)
 
 
 def run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
@@ -123,8 +112,7 @@ def say(line: str) -> None:
 
 
 def objective(folder: RunFolder) -> float | None:
-    metrics = folder.read().get("metrics", {})
-    return next((metrics[name] for name in OBJECTIVES if metrics.get(name) is not None), None)
+    return figures.objective(folder.read().get("metrics", {}))[1]
 
 
 class Bases:
@@ -280,7 +268,8 @@ def build(
             }
             context = Context(bases.of(node), folder, own, parents, config.checkpoint_every)
             gate.keep(node, folder)
-            with pruning.watched(config.early_stop if current.is_own(node, todo) else None):
+            early = config.early_stop if current.is_own(node, todo) else None
+            with pruning.watched(early, config.rft.rounds if node.stage == "rft" else 1):
                 metrics = import_module(STAGES[node.stage].module).run(config, context)
             if node.makes_base:
                 bases.forget()

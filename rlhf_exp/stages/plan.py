@@ -38,10 +38,8 @@ from rlhf_exp.store.runs import RunFolder, find
 
 # each stage comes after all that it can stand on
 ORDER = ("sft", "prefer", "reward", "probe", "ppo", "ilql", "dpo", "kto", "rft", "eval", "export")
-FIRST, SECOND = (
-    "first",
-    "second",
-)  # of the comparisons: for COMPARING, for the gold scorer that judges what they make
+# halves of the comparisons: for COMPARING, for the gold scorer that judges what comes of them
+FIRST, SECOND = "first", "second"
 COMPARING = ("reward", "dpo", "kto")
 NO_SFT = "base"  # adapters.sft=base: the plain base takes the SFT model's place
 
@@ -166,7 +164,7 @@ def _half(name: str, nodes: dict[str, Node]) -> str | None:
 
 
 def _shared_comparisons(nodes: dict[str, Node]) -> Iterator[str]:
-    """That what gold is to judge and the gold scorer are trained on the same rows, because of what `upstream` says."""
+    """That gold and what it is to judge are trained on the same rows, because of what `upstream` says."""
     gold = nodes.get(GOLD)
     rivals = (node for node in nodes.values() if node.stage in COMPARING and node is not gold)
     for node in rivals if gold else ():

@@ -28,8 +28,8 @@ from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import PREFER, Dataset, PreferRun
 from rlhf_exp.stages import checkpoint
 from rlhf_exp.stages.checkpoint import Keeper
-from rlhf_exp.stages.context import PREFERENCES, Context
-from rlhf_exp.stages.labellers import ROWS, Group, Labeller, labellers
+from rlhf_exp.stages.context import PREFERENCES, ROWS, Context
+from rlhf_exp.stages.labellers import Group, Labeller, labellers
 from rlhf_exp.stages.rounds import EARLIER, policy_role
 
 SHOW = (

@@ -15,7 +15,7 @@ from rlhf_exp.data.encode import encode_prompts, encode_responses
 from rlhf_exp.data.load import load_view
 from rlhf_exp.data.records import Prompt, opening_id
 from rlhf_exp.errors import InputError
-from rlhf_exp.memory import parts
+from rlhf_exp.memory import counted
 from rlhf_exp.memory.free import CGROUP, MEMINFO, of_host
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.rollout.engine import Rollout, judged
@@ -208,8 +208,9 @@ def memory_fits(config: PPORun, context: Context, actors: Actors) -> Check:
     """The memory plan of what is still to come fits into what is free; base and adapters are there."""
     facts = microbatch.facts_here(config, context)
     found = memory.rank_of(config, facts).device
-    phase, need = parts.peak(found)
-    need -= sum(item.bytes for item in found if item.kind == parts.PARAMETERS and item.there(phase))
+    phase, need = counted.peak(found)
+    there = (counted.PARAMETERS, counted.LIBRARIES)
+    need -= sum(item.bytes for item in found if item.kind in there and item.there(phase))
     free = available(context.base.device)
     free_text = "unknown" if free is None else memory.gigabytes(free)
     helps = [

@@ -136,7 +136,11 @@ def write(config: ReportRun, folder: RunFolder, read: list[Trial], notes: list[s
     metrics: dict[str, float] = {"runs": float(len(read)), "pictures": float(len(pictures))}
     if pictures and pictures[0].pareto:
         top = pictures[0].pareto[-1].point
-        metrics = {"best": top.score, "best_kl": top.kl} | metrics
+        metrics = (
+            {"best": top.score, "best_kl": top.kl}
+            | ({"best_kl_is_bound": 1.0} if top.bound else {})
+            | metrics
+        )
     return metrics
 
 
@@ -177,6 +181,7 @@ def show(config: ReportRun, folder: RunFolder) -> None:
     metrics = folder.read().get("metrics", {})
     if "best" in metrics:
         name = config.report.objectives[0]
-        say(f"highest {name} {metrics['best']:.4g} at KL {metrics['best_kl']:.4g}")
+        most = "at most " if metrics.get("best_kl_is_bound") else ""
+        say(f"highest {name} {metrics['best']:.4g} at KL {most}{metrics['best_kl']:.4g}")
     say(f"\nrun folder   {folder.path}")
     say(f"report       {folder.path / REPORT / PAGE}")

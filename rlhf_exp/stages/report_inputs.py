@@ -6,24 +6,21 @@ leave (sweeps/current.py); the name of an MLflow experiment, which `mlflow:` bef
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.evaluation.trials import EVAL, HELDOUT, LOGGED, NO_POLICY, TRAINING, Row, Trial, rows_of_curve
+from rlhf_exp.evaluation.trials import NO_POLICY, Trial
 from rlhf_exp.schema import ReportRun
+from rlhf_exp.stages import report_logged
 from rlhf_exp.store.listing import Entry, entry, is_run_folder
 from rlhf_exp.store.manifest import RECORD
-from rlhf_exp.store.runs import FAILED
 from rlhf_exp.sweeps import current
 from rlhf_exp.tracking.experiments import Experiment, Logged, open_experiment, where
 
 EXPERIMENT = "mlflow:"
-PARENT = "mlflow.parentRunId"
 NOT_OURS = ("mlartifacts", "mlruns")  # copies of what run folders hold
 
 
@@ -126,49 +123,4 @@ def _experiment(name: str, experiment: Experiment) -> Found:
             f"{len(absent)} runs of the experiment {name} have no folder on this machine: their figures are those "
             "that MLflow has, and there are no samples of them."
         )
-    return Found(list(entries.values()), _logged(experiment, absent), notes)
-
-
-def _logged(experiment: Experiment, runs: list[Logged]) -> list[Trial]:
-    """Trials from what MLflow has; an evaluation goes to the training of the same parent, else stands alone."""
-    trained = {run.run_id: _trial(experiment, run) for run in runs if run.stage != EVAL}
-    by_parent = {
-        run.tags[PARENT]: trained[run.run_id] for run in runs if run.stage != EVAL and PARENT in run.tags
-    }
-    found = list(trained.values())
-    for run in (run for run in runs if run.stage == EVAL):
-        own = by_parent.get(run.tags.get(PARENT, ""))
-        rows = [_row(line) for line in experiment.history(run, run.metrics)]
-        if own is None:
-            own = _trial(experiment, run)
-            found.append(own)
-        own.rows[HELDOUT] = [row for row in rows if "kl" in row.metrics]
-        own.evaluation = dict(run.params)
-        own.digest += _digest([row.metrics for row in rows])
-    return found
-
-
-def _trial(experiment: Experiment, run: Logged) -> Trial:
-    key = run.tags.get("key", run.run_id)
-    name = f"{run.stage}/{key[:12]}"
-    reason = run.tags.get("rlhf_exp.error", "MLflow has its traceback") if run.status == FAILED else ""
-    found = Trial(name, run.stage, key, run.status, f"MLflow run {run.run_id}", reason, dict(run.params))
-    found.run_name = run.params.get("run_name")
-    if run.stage != EVAL:
-        curve = experiment.history(run, [m for m in run.metrics if not m.startswith("final/")])
-        found.rows[TRAINING] = rows_of_curve(curve, run.stage)
-        found.digest = _digest(curve)
-    return found
-
-
-def _row(line: dict[str, float]) -> Row:
-    """A line of an evaluation's metrics: a policy, whose step is policy_step."""
-    metrics = {
-        name: value for name, value in line.items() if name not in ("step", "policy_step", *LOGGED.values())
-    }
-    step = line.get("policy_step")
-    return Row("sft" if step == 0 else f"step {step:g}" if step is not None else "policy", step, metrics)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Found(list(entries.values()), report_logged.trials(experiment, absent), notes)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rlhf_exp import compose
 from rlhf_exp.data import labels
 from rlhf_exp.errors import InputError
+from rlhf_exp.rewards import parts
 from rlhf_exp.schema import (
     GOLD,
     JUDGE,
@@ -34,7 +35,7 @@ from rlhf_exp.schema import (
     rules_of,
     stage_of,
 )
-from rlhf_exp.stages import adapters
+from rlhf_exp.stages import adapters, gate
 from rlhf_exp.stages.context import START
 
 if TYPE_CHECKING:
@@ -192,12 +193,25 @@ def lines(plan: Plan) -> Iterator[str]:
         later = f"; in rounds 2 to {number} by the last round's policy" if number > 1 else ""
         yield f"labels = {said(asking[0].config.prefer)}{later}"
     ruled = {rule for node in asking for rule in rules_of(node.config.prefer).values()}
+    yield from same_as_reward(plan)
     judges = {node.config.judge.model for node in asking if JUDGE in node.config.prefer.labellers}
     for key, rule in golds(plan):
         if rule in ruled or (key == "judge.model" and rule in judges):
             yield (
                 f"note: {key}={rule} also labels the comparisons (prefer.labellers), so that it cannot show whether "
                 "the policy games its labeller: choose another gold"
+            )
+
+
+def same_as_reward(plan: Plan) -> Iterator[str]:
+    """A note on each gold that is a part of the reward: what is trained on cannot show that it is gamed."""
+    source = gate.source_of(plan.nodes)
+    rewarded = {part.spec for part in parts.readable(source)[0]} - {LEARNED} if source else set()
+    for key, rule in golds(plan):
+        if key in ("eval.gold", "reward_source.gold") and rule in rewarded:
+            yield (
+                f"note: {key}={rule} is also the reward, or a part of it (reward_source), so that it cannot show "
+                "whether the policy games its reward: choose another gold"
             )
 
 

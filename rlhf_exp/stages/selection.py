@@ -17,8 +17,8 @@ from rlhf_exp.rollout.engine import Rollout, judged
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.schema import RFTRun
 from rlhf_exp.stages.actors import Heads
-from rlhf_exp.stages.context import Context
-from rlhf_exp.stages.evaluate import ROWS, repeat, write
+from rlhf_exp.stages.context import ROWS, Context
+from rlhf_exp.stages.evaluate import repeat, write
 from rlhf_exp.stages.prefer import EMPTY, EQUAL, UNFINISHED, Asked
 
 KNOWN = "answers of an earlier round"
@@ -108,7 +108,7 @@ def sampled(
     count, source = config.rft.samples, config.reward_source
     keys = [row_key(config.seed, number, prompt.id, sample) for prompt, _ in part for sample in range(count)]
     encoded = repeat([ids for _, ids in part], count)
-    rollout = write(context, roles, "policy", encoded, keys, config.generation)
+    rollout = write(roles, "policy", encoded, keys, config.generation)
     shown = judged(rollout)
     texts = [text.strip() for text in context.base.tokenizer.batch_decode(shown, skip_special_tokens=True)]
     scores = {"score": score(source, roles, heads, rollout.prompts, shown, ROWS)}

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp import __version__
+from rlhf_exp.errors import InputError
 from rlhf_exp.paths import PACKAGE
 from rlhf_exp.store.runs import RunFolder
 
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
+MASK = "***@"  # a password, in files
 COMMIT = "commit.json"  # beside a package that a sweep has frozen: the git state of what it was copied from
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"),
@@ -52,7 +54,17 @@ def _command(argv: Sequence[str]) -> str:
 
 def without_password(text: str) -> str:
     """A tracking server's URI may carry a password, and run folders are shared."""
-    return re.sub(r"(://[^/:@\s]*:)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"(://[^/:@\s]*:)[^/@\s]+@", rf"\1{MASK}", text)
+
+
+def with_password(uri: str, key: str, variable: str) -> str:
+    """The URI as it was given, where a file has it without its password: from the environment. Raises InputError."""
+    if MASK not in uri:
+        return uri
+    given = os.environ.get(variable, "")
+    if without_password(given) != uri:
+        raise InputError(f"{key}={uri}: passwords are not kept in files; set {variable} to the whole URI")
+    return given
 
 
 def _masked(value: Any) -> Any:

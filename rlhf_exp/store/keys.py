@@ -83,9 +83,9 @@ def of_adapter(key: str) -> bool:
 def canonical(config: Any) -> dict[str, Any]:
     """The keyed leaves of a config dataclass: {"optim.lr": 0.0001, ...}, sorted, in plain JSON types.
 
-    Where all weights are trained (lora.full) there is no adapter, and what shapes one is left out. On which prompts is
-    evaluated counts in an evaluation alone. A leaf without a value (???) is a ValueError, a value of another type than
-    the declared one a TypeError.
+    Where all weights are trained (lora.full) there is no adapter, and what shapes one is left out. On which prompts
+    is evaluated counts in an evaluation alone. A leaf without a value (???) is a ValueError, a value of another type
+    than the declared one a TypeError.
     """
     found = dict(sorted(_keyed(config)))
     if EVALUATE_ON in found and config.stage not in ("eval", "pipeline"):

@@ -101,7 +101,9 @@ def _batches(config: Run, given: Mapping[str, Any], ranks: int) -> Iterator[str]
         yield f"{KEY}.{MICRO}={micro} contradicts {own_key}={own}: set that alone"
     if given.get(BATCH, batch) != batch:
         yield f"{KEY}.{BATCH}={given[BATCH]} contradicts {key}, which says {batch}"
-    if STEPS in given and micro * given[STEPS] * ranks != batch:
+    if STEPS in given and not micro:
+        yield f"{KEY}.{STEPS} says how a batch is cut, which {own_key}=0 finds out: leave one of them out"
+    elif STEPS in given and micro * given[STEPS] * ranks != batch:
         yield (
             f"{KEY}: micro {micro} x accumulation {given[STEPS]} x ranks {ranks} = {micro * given[STEPS] * ranks}, "
             f"{key} says {batch}"
@@ -137,7 +139,8 @@ def _zero(config: Run, zero: Any) -> Iterator[str]:
     for part in ("offload_param", "offload_optimizer"):
         section = zero.get(part) or {}
         if section.get("device") == "nvme":
-            yield from _folder(f"{KEY}.zero_optimization.{part}.nvme_path", section.get("nvme_path"))
+            key = f"{KEY}.zero_optimization.{part}"
+            yield from [*_folder(f"{key}.nvme_path", section.get("nvme_path"))] or _aio(key)
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     except Exception as error:  # a package that is there and cannot be used says anything
@@ -150,6 +153,22 @@ def _zero(config: Run, zero: Any) -> Iterator[str]:
         for problem in error.errors():
             place = ".".join(map(str, problem["loc"]))
             yield f"{KEY}.zero_optimization.{place}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _aio(key: str) -> Iterator[str]:
+    """DeepSpeed's asynchronous files, an op that is compiled."""
+    try:
+        with distributed.environment():
+            from deepspeed.ops.op_builder import AsyncIOBuilder
+
+            there = AsyncIOBuilder().is_compatible(verbose=False)
+    except Exception:  # what is looked for, a compiler and libaio, may fail in any way
+        there = False
+    if not there:
+        yield (
+            f"{key}.device=nvme needs DeepSpeed's async_io, which cannot be built here (libaio's headers and a "
+            "compiler): device=cpu"
+        )
 
 
 def _folder(key: str, given: Any) -> Iterator[str]:
@@ -174,7 +193,7 @@ def stage_problems(config: Run, ranks: int) -> Iterator[str]:
     name, found = config.strategy.name, batch_of(config)
     if found is not None and found[1] < ranks:
         key, rows = found[:2]
-        what = "prompts" if key == "ppo.batch_size" else "rows"
+        what = ("prompt" if key == "ppo.batch_size" else "row") + "s" * (rows > 1)
         yield (
             f"{config.stage}: {ranks} ranks, but {rows} {what} in a batch ({key}): each rank needs one; raise the "
             "batch, or start fewer ranks"

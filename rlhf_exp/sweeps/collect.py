@@ -46,7 +46,8 @@ def end(path: Path, parent: Tracker, interrupted: bool = False) -> int:
     """Write and show the table, make the report, end MLflow's run if nothing waits; returns the exit code."""
     rows = table.rows(path)
     table.write(path, rows)
-    show(rows)
+    if any(row["status"] not in OPEN for row in rows):
+        show(rows)
     made = report(path)
     for name in (table.MARKDOWN, table.JSON):
         parent.artifact(path / name)
@@ -71,10 +72,8 @@ def end(path: Path, parent: Tracker, interrupted: bool = False) -> int:
         named = " ".join(ledger.states(path)[row["trial"]].overrides)
         print(f"error: trial {row['trial']} ({named}): {row['reason']}", file=sys.stderr)
     if waits:
-        say(
-            f"{len(left)} of {len(rows)} trials have not ended; their table: "
-            f"python -m rlhf_exp.sweeps show {_q(path)}"
-        )
+        look = "jobs status" if any(row["job"] for row in rows) else "sweeps show"
+        say(f"{len(left)} of {len(rows)} trials have not ended; see: python -m rlhf_exp.{look} {_q(path)}")
     elif left or failed:
         say(f"{len(left) + len(failed)} of {len(rows)} trials are not done; go on: {resume_command(path)}")
     if not failed:

@@ -27,13 +27,15 @@ HERE = "basic"  # Hydra's own launcher and sweeper: one trial after the other, i
 class Plan:
     """The overrides as Hydra is to have them, whether it is a sweep, and the (first) composed config.
 
-    swept: the keys that have several values, or that the sweeper chooses.
+    swept: the keys that have several values, or that the sweeper chooses. first: the overrides with the first value
+    of each key.
     """
 
     overrides: list[str]
     multirun: bool
     config: DictConfig
     swept: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -68,18 +70,18 @@ def plan(given: Sequence[str], multirun: bool = False) -> Plan:
             many = "has several values: add -m to run a trial for each"
             raise InputError([f"{override.input_line} {many}" for override in swept])
         compose.to_run(config)
-        return Plan(compose.opened(given), False, config)
+        return Plan(compose.opened(given), False, config, [], compose.opened(first))
     if not _numbered(config):
         raise InputError("hydra.sweep.subdir: leave it out, the folders of trials are numbered")
     swept += _sweeper_params(first, config, tree)
-    keys = {override.key_or_group for override in swept}
     compose.to_run(config, across=not swept)
     for override in swept:
         if override.key_or_group in tree:
             for line in overrides.variants(override)[1:]:
                 compose.to_run(compose.load(_with(first, override, line)), across=False)
-    ready = _late(parsed) if keys & {"stage", "experiment"} else given
-    return Plan(compose.opened(ready), True, config, [override.key_or_group for override in swept])
+    keys = [override.key_or_group for override in swept]
+    ready = _late(parsed) if {"stage", "experiment"} & set(keys) else given
+    return Plan(compose.opened(ready), True, config, keys, compose.opened(first))
 
 
 def _numbered(config: DictConfig) -> bool:

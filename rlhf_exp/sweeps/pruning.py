@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,10 +31,9 @@ from pathlib import Path
 from rlhf_exp.schema import EarlyStop
 from rlhf_exp.store import atomic
 from rlhf_exp.store.runs import plain
-from rlhf_exp.sweeps import current, ledger
+from rlhf_exp.sweeps import current, figures, ledger
 
 VALUES, PRUNE = "values.jsonl", "prune"
-METRICS = ("objective/gold", "objective/scores", "train/loss")  # the first that a step has
 GUARD = "guard/"  # metrics of guards that fired
 
 
@@ -89,12 +88,14 @@ class Watch:
 
     config: EarlyStop
     trial: current.Trial
+    names: tuple[str, ...] = figures.RUNNING  # the value is the first of these that a step has
     mine: dict[int, float] = field(default_factory=dict)
     known: dict[int, dict[int, float]] = field(default_factory=dict)  # values of the trials that are done
 
     def after(self, step: int, metrics: Mapping[str, object]) -> str | None:
         """Note the step's value; why the trial is to end here, None: it goes on."""
-        name = self.config.metric or next((name for name in METRICS if name in metrics), "")
+        wanted = (self.config.metric,) if self.config.metric else self.names
+        name = next((name for name in wanted if name in metrics), "")
         value = metrics.get(name)
         if isinstance(value, int | float) and math.isfinite(value):
             self.mine[step] = float(value)
@@ -103,7 +104,7 @@ class Watch:
             return reason
         if self.config.guards and (fired := [key for key in metrics if key.startswith(GUARD)]):
             return f"guard {fired[0].removeprefix(GUARD)} fired (early_stop.guards)"
-        if self.config.rule == "median" and step > self.config.grace:
+        if name and self.config.rule == "median" and step > self.config.grace:
             return self._median(step, name)
         return None
 
@@ -151,11 +152,16 @@ _watch: ContextVar[Watch | None] = ContextVar("the rules over the running trial"
 
 
 @contextmanager
-def watched(config: EarlyStop | None) -> Iterator[None]:
-    """Within the block steps are looked at, if this is a trial; None: they are not, it is upstream of one."""
+def watched(config: EarlyStop | None, rounds: int = 1) -> Iterator[None]:
+    """Within the block steps are looked at, if this is a trial; None: they are not, it is upstream of one.
+
+    rounds: of rft.
+    """
     trial = current.trial()
-    known = values(trial.folder) if trial is not None and config is not None else {}  # of an earlier attempt
-    found = Watch(config, trial, known) if trial is not None and config is not None else None
+    found = None
+    if trial is not None and config is not None:
+        known = values(trial.folder)  # of an earlier attempt
+        found = Watch(config, trial, figures.running(rounds), known)
     token = _watch.set(found)
     try:
         yield
@@ -169,11 +175,11 @@ def after(step: int, metrics: Mapping[str, object]) -> str | None:
     return found.after(step, metrics) if found is not None else None
 
 
-def copy(folder: Path, lines: list[dict[str, object]], metric: str | None = None) -> None:
-    """The values of a trial whose run was there already: from its metrics.jsonl."""
+def copy(folder: Path, lines: list[dict[str, object]], names: Iterable[str]) -> None:
+    """The values of a trial whose run was there already, from its metrics.jsonl: of the first of `names` in it."""
     if (Path(folder) / VALUES).exists():
         return
-    name = metric or next((name for name in METRICS if any(name in line for line in lines)), "")
+    name = next((name for name in names if any(name in line for line in lines)), "")
     rows = [
         {"step": int(line["step"]), "value": line[name]} for line in lines if name in line and "step" in line
     ]

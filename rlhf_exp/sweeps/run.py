@@ -12,11 +12,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+
 from rlhf_exp import compose
 from rlhf_exp.errors import EXIT_INTERRUPTED, InputError, Interrupted
 from rlhf_exp.paths import PACKAGE, conf_dir
 from rlhf_exp.stages import signals
-from rlhf_exp.sweeps import collect, folder, grid, ledger, resume, trial
+from rlhf_exp.sweeps import collect, folder, grid, ledger, passwords, resume, trial
 from rlhf_exp.sweeps import plan as plans
 
 EXIT_CTRL_C = 130
@@ -35,6 +40,8 @@ def start(
     argv: the command as it was given. is_process: this process does nothing else, and may go on as one that runs on
     the sweep's frozen code; else the configs alone are frozen. Raises InputError before anything starts.
     """
+    _refuse(plan, task)
+    plan, argv = passwords.kept_out(plan, argv)
     trials = _trials(plan)
     if plan.config.get("dry_run"):
         from rlhf_exp.sweeps import estimate
@@ -57,6 +64,17 @@ def start(
         _freeze(path, trials)
         run = compose.to_run(plan.config, across=False)
         return _sweep(path, plan, run, lambda lines: hydra.multirun(compose.ROOT, task, lines))
+
+
+def _refuse(plan: plans.Plan, task: Callable[[Any], Any]) -> None:
+    """Have sweeper and launcher look at their settings; what cannot be is an InputError of theirs."""
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
+    with compose.explained():
+        sweeper = Plugins.instance().instantiate_sweeper(
+            hydra_context=context, task_function=task, config=plan.config
+        )
+        if check := getattr(sweeper, "check", None):
+            check(trial.without_hydra(plan.overrides))
 
 
 def _show(plan: plans.Plan, task: Callable[[Any], Any], path: Path) -> None:

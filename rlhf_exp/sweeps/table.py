@@ -6,6 +6,7 @@ The same rows go to the terminal (rich), to table.md and to table.json.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ MARKDOWN, JSON = "table.md", "table.json"
 COLOURS = {ledger.DONE: "green", ledger.FAILED: "red", ledger.STOPPED: "yellow", ledger.INTERRUPTED: "yellow"}
 GONE = "its process is gone"
 NOT_SHOWN = "-"
+LEAST = 12  # letters of a swept value that are not broken: any number that was shortened
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, str]:
-    """key -> value as it was written."""
+    """key -> value as it was written, without the backslashes of Hydra's grammar."""
     pairs = (line.lstrip("+~").partition("=") for line in overrides)
-    return {key: value for key, _, value in pairs}
+    return {key: re.sub(r"\\([\\:,=()\[\]{} ])", r"\1", value) for key, _, value in pairs}
 
 
 def swept(states: Mapping[int, State]) -> list[str]:
@@ -81,6 +83,34 @@ def header(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["trial", *keys, "status", metric(found), "gold", "KL", "time"]
 
 
+def shortened(values: Sequence[str]) -> list[str]:
+    """Long decimals rounded to four digits, or to so many more that those which differ still do."""
+    for digits in (4, 6, 9, 12):
+        found = [_rounded(value, digits) for value in values]
+        if len(set(found)) == len(set(values)):
+            return found
+    return list(values)
+
+
+def _rounded(value: str, digits: int) -> str:
+    if value.lstrip("+-").isdecimal():  # a seed
+        return value
+    try:
+        found = f"{float(value):.{digits}g}"
+    except ValueError:
+        return value
+    return found if len(found) < len(value) else value
+
+
+def body(found: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[list[str]]:
+    """The cells of all rows, the numbers of a column in the same manner."""
+    columns = {key: shortened([row["overrides"].get(key, NOT_SHOWN) for row in found]) for key in keys}
+    return [
+        cells({**row, "overrides": {key: columns[key][place] for key in keys}}, keys)
+        for place, row in enumerate(found)
+    ]
+
+
 def cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """A row's cells as text."""
     figures = [NOT_SHOWN if row[name] is None else f"{row[name]:.4g}" for name in ("objective", "gold", "kl")]
@@ -103,14 +133,26 @@ def terminal(found: Sequence[Mapping[str, Any]]) -> Any:
     names = header(found)
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     keys = names[1:-5]
-    for name in names:
+    lines = body(found, keys)
+    empty = {
+        place
+        for place, name in enumerate(names)
+        if name in ("gold", "KL") and all(line[place] == NOT_SHOWN for line in lines)
+    }
+    for place, name in enumerate(names):
+        if place in empty:
+            continue
+        short = name not in keys or all(len(line[place]) <= LEAST for line in lines)
         shown.add_column(
-            name, justify="left" if name in ("status", *keys) else "right", no_wrap=name == "status"
+            name.replace(".", ".\n").replace("/", "/\n"),
+            justify="left" if name in ("status", *keys) else "right",
+            no_wrap=short,
+            overflow="ellipsis" if short else "fold",  # of a figure never a part, as if it were the whole
         )
-    for row in found:
+    for row, line in zip(found, lines, strict=True):
         colour = COLOURS.get(row["status"], "cyan")
-        texts = [Text(cell, style=colour if cell == row["status"] else "") for cell in cells(row, keys)]
-        shown.add_row(*texts)
+        filled = [cell for place, cell in enumerate(line) if place not in empty]
+        shown.add_row(*(Text(cell, style=colour if cell == row["status"] else "") for cell in filled))
     return shown
 
 
@@ -130,8 +172,7 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """The table and its problems as Markdown."""
     names = header(found)
     lines = ["| " + " | ".join(names) + " |", "|" + "|".join("---" for _ in names) + "|"]
-    for row in found:
-        lines.append("| " + " | ".join(_escaped(cell) for cell in cells(row, names[1:-5])) + " |")
+    lines += ["| " + " | ".join(map(_escaped, line)) + " |" for line in body(found, names[1:-5])]
     if wrong := problems(found):
         lines += ["", *(f"- {line}" for line in wrong)]
     return "\n".join(lines) + "\n"

@@ -17,22 +17,21 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp import distributed
 from rlhf_exp.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted, Pruned
-from rlhf_exp.store import atomic
-from rlhf_exp.store.runs import RunFolder
-from rlhf_exp.sweeps import current, folder, ledger, pruning
+from rlhf_exp.sweeps import current, figures, folder, ledger, pruning
+from rlhf_exp.sweeps.trial_file import config_of, read, without_early_stop, without_hydra, write
 
-TRIAL, LOCK = "trial.yaml", ".lock"
+__all__ = ["Outcome", "command", "config_of", "environment", "is_running", "job", "main", "read", "run"]
+__all__ += ["without_early_stop", "without_hydra", "write"]
+
+LOCK = ".lock"
 ELSEWHERE = "running"  # another process has it
 EXITS = {ledger.DONE: 0, ledger.STOPPED: 0, ledger.FAILED: 1, ELSEWHERE: 0}
-GOLD = ("last/gold", "objective/gold", "final/gold")
-KL = ("last/kl", "objective/kl", "final/kl")
-STOPPED_BY = "stopped_by"  # of run.json: the guard that ended it
 
 
 @dataclass
@@ -61,87 +60,10 @@ class Outcome:
         return found | {"seconds": round(self.seconds, 3)}
 
 
-def write(path: Path, number: int, overrides: Sequence[str], config: Any, choices: Mapping[str, str]) -> Path:
-    """Freeze a trial in its folder, sweep/NUMBER, and enter it in the ledger; returns the folder.
-
-    config: the composed config (OmegaConf, Hydra's node is left out), a run's dataclass, or plain dicts. A trial that
-    is there already stays as it is: InputError if it is another one.
-    """
-    path, overrides = Path(path), without_hydra(overrides)
-    if (path / TRIAL).is_file():
-        known = read(path)["overrides"]
-        if known != overrides:
-            raise InputError(
-                f"{path.parent} has another trial {number}: {' '.join(known)}, not {' '.join(overrides)}; choose "
-                "another hydra.sweep.dir"
-            )
-        return path
-    import yaml
-
-    content = {
-        "number": number,
-        "overrides": overrides,
-        "cwd": os.getcwd(),
-        "choices": dict(choices),
-        "config": _plain(config),
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-    atomic.write_bytes(path / TRIAL, text.encode())
-    ledger.append(path.parent, ledger.TRIAL, number=number, overrides=overrides)
-    return path
-
-
-def without_hydra(overrides: Sequence[str]) -> list[str]:
-    """The overrides that are the trial's, not Hydra's own."""
-    return [str(line) for line in overrides if not str(line).lstrip("+~").startswith(("hydra.", "hydra/"))]
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    if is_dataclass(config) and not isinstance(config, type):
-        return asdict(config)
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_config(config):
-        from rlhf_exp import compose
-
-        return OmegaConf.to_container(compose.without_hydra(config), resolve=True, enum_to_str=True)
-    return dict(config)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """trial.yaml. InputError where there is none."""
-    import yaml
-
-    try:
-        return yaml.safe_load((Path(path) / TRIAL).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} is no trial's folder: it has no {TRIAL}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{Path(path) / TRIAL} cannot be read ({error})") from error
-
-
-def without_early_stop(path: Path) -> None:
-    """Let a trial that was stopped early go to its end when it is run again."""
-    import yaml
-
-    content = read(path)
-    if early := content["config"].get("early_stop"):
-        early.update(rule="none", guards=False)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-    atomic.write_bytes(Path(path) / TRIAL, text.encode())
-
-
-def config_of(content: Mapping[str, Any]) -> Any:
-    """The run's dataclass, checked. Raises InputError with every problem."""
-    from omegaconf import OmegaConf
-
-    from rlhf_exp import compose, schema
-
-    values = content["config"]
-    with compose.explained():
-        merged = OmegaConf.merge(OmegaConf.structured(schema.RUNS[values["stage"]]), values)
-    return compose.to_run(merged)
+def job() -> str | None:
+    """The SLURM job that this process is part of, as the ledger counts: 16, or 17_3 of an array."""
+    array, index = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
 
 
 def run(path: Path) -> Outcome:
@@ -174,7 +96,7 @@ def _run(path: Path, content: dict[str, Any]) -> Outcome:
     number, sweep = content["number"], path.parent
     print(f"trial {number}: {' '.join(content['overrides'])}", flush=True)
     pruning.forget(path)
-    _say(sweep, ledger.STARTED, number=number, host=socket.gethostname(), pid=os.getpid(), job=_job())
+    _say(sweep, ledger.STARTED, number=number, host=socket.gethostname(), pid=os.getpid(), job=job())
     began = time.monotonic()
     found = Outcome(number, ledger.FAILED)
     try:
@@ -192,7 +114,7 @@ def _run(path: Path, content: dict[str, Any]) -> Outcome:
         traceback.print_exc()  # now; the sweep may go on for hours
     finally:
         found.seconds = time.monotonic() - began
-        _measure(path, found)
+        _measure(path, content, found)
         _say(sweep, ledger.ENDED, **found.fields())
     return found
 
@@ -213,40 +135,28 @@ def _inside(path: Path, content: dict[str, Any]) -> float | None:
             return pipeline.run(config, content["choices"])
 
 
-def _measure(path: Path, found: Outcome) -> None:
+def _measure(path: Path, content: Mapping[str, Any], found: Outcome) -> None:
     """What its run folder says: gold, KL, and whether a guard ended it."""
     list_of_runs = path / current.RUNS
     runs = current.noted(list_of_runs) if list_of_runs.is_file() else []
     if not runs:
         return
     found.run = str(runs[-1])
-    try:
-        record = RunFolder(runs[-1]).read()
-    except Exception:  # damaged: what went wrong has been said
-        return
-    metrics = record.get("metrics") or {}
-    from rlhf_exp.stages.pipeline import OBJECTIVES
-
-    found.metric = next((name for name in OBJECTIVES if metrics.get(name) is not None), None)
-    found.gold = next((metrics[name] for name in GOLD if metrics.get(name) is not None), None)
-    found.kl = next((metrics[name] for name in KL if metrics.get(name) is not None), None)
+    said = figures.of(runs[-1])
+    found.metric, found.gold, found.kl = said.metric, said.gold, said.kl
     if found.status == ledger.DONE:
-        _keep_values(path, runs)
-    if found.status == ledger.DONE and record.get(STOPPED_BY):
-        found.status, found.reason = ledger.STOPPED, str(record[STOPPED_BY])
+        _keep_values(path, runs, (content["config"].get("rft") or {}).get("rounds", 1))
+        if said.stopped_by:
+            found.status, found.reason = ledger.STOPPED, said.stopped_by
 
 
-def _keep_values(path: Path, runs: Sequence[Path]) -> None:
-    """The step values of a run that was there already: others compare with them."""
+def _keep_values(path: Path, runs: Sequence[Path], rounds: int) -> None:
+    """The step values of a run that was there already: others compare with them. rounds: of rft."""
     from rlhf_exp.tracking import read_metrics
 
     for run_folder in reversed(runs):
         if not (path / pruning.VALUES).exists():
-            pruning.copy(path, read_metrics(run_folder / "metrics.jsonl"))
-
-
-def _job() -> str | None:
-    return os.environ.get("SLURM_JOB_ID")
+            pruning.copy(path, read_metrics(run_folder / "metrics.jsonl"), figures.running(rounds))
 
 
 def _say(sweep: Path, event: str, **fields: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from rlhf_exp.errors import InputError
@@ -47,6 +49,20 @@ class Experiment(NamedTuple):
                     for metric in sorted(history, key=lambda m: m.timestamp):
                         lines.setdefault(metric.step, {})[name] = metric.value
         return [{"step": float(step), **lines[step]} for step in sorted(lines)]
+
+    def text(self, run: Logged, artifact: str) -> str | None:
+        """The content of an artifact; None where it cannot be had."""
+        os.environ.setdefault(
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
+        )  # two lines for each small file
+        with TemporaryDirectory() as folder, _usable(self.uri):
+            try:
+                path = self.client.download_artifacts(run.run_id, artifact, folder)
+                return Path(path).read_text(encoding="utf-8")
+            except (
+                Exception
+            ):  # whatever the store of artifacts raises: a path that is gone, a bucket that is closed
+                return None
 
 
 def open_experiment(name: str, tracking: Tracking, output_dir: Path) -> Experiment | None:

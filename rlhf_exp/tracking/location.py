@@ -20,8 +20,10 @@ from urllib.parse import quote, unquote
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Tracking
+from rlhf_exp.store.frozen import with_password
 
-LOCK_SECONDS = 120  # creating the database takes 2 s; a lock held longer is a stuck process
+VARIABLE = "MLFLOW_TRACKING_URI"
+LOCK_SECONDS = 600  # creating the database takes 2 s, where many processes start at once minutes
 _SQLITE = re.compile(r"^sqlite(?:\+\w+)?://(?:/(?P<path>[^?]*))?(?P<query>\?.*)?$")
 
 # Limits of the first check, of sending, and of trying again; a user's own settings win over these
@@ -43,9 +45,9 @@ def tracking_uri(tracking: Tracking, output_dir: Path | str) -> str | None:
     if tracking.backend == "none":
         return None
     if tracking.uri:
-        return _absolute(tracking.uri, "tracking.uri")
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return _absolute(os.environ["MLFLOW_TRACKING_URI"], "MLFLOW_TRACKING_URI")
+        return _absolute(with_password(tracking.uri, "tracking.uri", VARIABLE), "tracking.uri")
+    if os.environ.get(VARIABLE):
+        return _absolute(os.environ[VARIABLE], VARIABLE)
     return sqlite_uri(Path(output_dir) / "mlflow.db")
 
 

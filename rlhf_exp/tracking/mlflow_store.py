@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,10 +82,14 @@ def _uri(tracking: Tracking, output_dir: Path) -> str:
 
 def _connect(uri: str, experiment: str) -> tuple[Any, str]:
     """A client and the experiment's id; the default database is made if it is not there."""
-    path = location.database_path(uri)
-    with location.locked_database(path) if path else nullcontext():
-        client = _client(uri)
-        return client, _experiment(client, uri, experiment)
+    if path := location.database_path(uri):
+        # seconds, and minutes on a busy machine: not while other processes wait for the lock
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+        with location.locked_database(path):
+            pass  # from here on all find it there, and MLflow makes no tables
+    client = _client(uri)
+    return client, _experiment(client, uri, experiment)
 
 
 def require_store(tracking: Tracking, output_dir: Path) -> None:

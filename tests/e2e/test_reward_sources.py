@@ -154,8 +154,8 @@ def test_a_half_for_dpo_that_gold_has_too_is_refused(cli, tmp_path):
     assert (result.code, result.errors) == (
         2,
         [
-            "error: reward_source.gold=learned needs comparisons that dpo is not trained on, but dataset.half is second "
-            "in upstream.dpo and second in upstream.gold: leave them out"
+            "error: reward_source.gold=learned needs comparisons that dpo is not trained on, but dataset.half is "
+            "second in upstream.dpo and second in upstream.gold: leave them out"
         ],
     )
 

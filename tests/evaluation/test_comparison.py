@@ -35,6 +35,7 @@ def test_seeds_are_one_group_and_settings_are_not():
 @pytest.mark.parametrize(
     ("values", "together"),
     [
+        ({"reward_source__gate": "off", "reward_source__limits__empty": 0.5}, True),
         ({"run_name": "x", "output_dir": "o", "threads": 7, "tracking__experiment": "e"}, True),
         ({"upstream__sft": {"seed": 4}}, True),
         ({"upstream__sft": {"train": {"steps": 4}}}, False),
@@ -141,6 +142,57 @@ def test_evaluations_that_differ():
     assert warnings(
         [evaluated(eval__prompts=64), evaluated(eval__prompts=128), evaluated(eval__prompts=256)]
     ) == ["The evaluations do not compare: eval.prompts is 64, 128 and 256."]
+
+
+def test_evaluations_that_only_show_others_compare():
+    """Neither who was evaluated, nor what of them, nor what the gate looked at, makes a figure another one."""
+    one = evaluated(eval__policies=["sft", "ppo"], eval__samples=6, reward_source__gate="warn")
+    two = evaluated(eval__policies=["sft", "dpo"], eval__samples=3, reward_source__gate="off", kl_coef=0.2)
+    two.evaluation |= {"eval.checkpoints": False, "eval.best": False, "eval.ema": False}
+    two.evaluation |= {"reward_source.limits.empty": 0.5, "dataset.views.comparisons": "other.jsonl"}
+    assert warnings([one, two]) == []
+    two.evaluation["eval.gold"] = "length"
+    assert warnings([one, two]) == ["The evaluations do not compare: eval.gold is sentiment and length."]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"parts": ["1*learned", "-5*length"]},
+            "parts is [1*learned,-0.01*length] and [1*learned,-5*length]",
+        ),
+        ({"ensemble": 3}, "ensemble is 1 and 3"),
+        ({"ensemble_lambda": 2.0}, "ensemble_lambda is 0.5 and 2"),
+    ],
+)
+def test_sums_and_ensembles_that_differ(values, told):
+    usual = {"kind": "sum", "parts": ["1*learned", "-0.01*length"]}
+    pair = [{f"reward_source__{k}": v for k, v in (usual | more).items()} for more in ({}, values)]
+    assert warnings([trial(**some) for some in pair]) == [
+        f"Training scores do not compare: reward_source.{told}."
+    ]
+
+
+def scored_by(source: str, seed: int = 0, **models: str) -> Trial:
+    found = evaluated() if source == HELDOUT else trial()
+    found.config["seed"], found.scorers[source] = seed, models
+    return found
+
+
+@pytest.mark.parametrize(("source", "what"), [(TRAINING, "Training scores"), (HELDOUT, "The evaluations")])
+def test_reward_models_that_differ(source, what):
+    """Another reward model is another unit; that of another seed goes with the seed, which is said in other words."""
+    a, b = "a" * 64, "b" * 64
+    pair = [scored_by(source, reward=a), scored_by(source, reward=b)]
+    assert warnings(pair) == [
+        f"{what} do not compare: the reward model reward is aaaaaa and bbbbbb, each with a scale of its own."
+    ]
+    assert warnings([scored_by(source, reward=a), scored_by(source, 1, reward=a)]) == []
+    (seeds,) = warnings([scored_by(source, reward=a), scored_by(source, 1, reward=b)])
+    assert seeds.startswith(f"{what} of different seeds are by reward models of their own (reward)")
+    (gold,) = warnings([scored_by(source, reward=a, gold=a), scored_by(source, reward=a, gold=b)])
+    assert "the reward model gold is aaaaaa and bbbbbb" in gold
 
 
 def test_runs_that_are_in_some_pictures_or_none():

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation import figures, labels, render
+from rlhf_exp.evaluation import figures, labels, outcome, render
 
 
 def png_size(path) -> tuple[int, int]:
@@ -41,6 +41,13 @@ def test_frontier_leaves_out_what_is_missing(evaluation):
     assert reward.title == "Reward against KL"
     assert "8:" not in reward.about and "16:" in reward.about
     assert figures.frontier_panels([{"name": "sft", "step": 0, "metrics": {}}]) == []
+
+
+@pytest.mark.parametrize(("on", "words"), [("heldout", "held-out mean"), ("train", "training-prompt mean")])
+def test_the_frontier_says_on_which_prompts(evaluation, on, words):
+    evaluation["evaluate_on"] = on
+    for panel in figures.frontier_panels(evaluation["policies"], outcome.prompts(evaluation)):
+        assert panel.unit == f"{words}, 95 % intervals; labels: PPO step"
 
 
 def test_an_average_is_a_point_beside_the_line_and_the_data_are_none(with_data):

@@ -21,6 +21,14 @@ def test_verdict_names_the_figures(evaluation):
     )
 
 
+def test_verdict_says_of_how_many_prompts_and_where_they_are_too_few(evaluation):
+    assert "95 % interval +0.26 to +0.54 over 64 prompts" in verdict(evaluation["policies"], 64)
+    last(evaluation)["gain"] = {"gold": {"mean": 0.4, "low": None, "high": None}}
+    assert "went from 0.10 to 0.50 (+0.40; 4 prompts are too few for an interval)" in verdict(
+        evaluation["policies"], 4
+    )
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"), [(-0.1, 0.2, "changed no more than by chance"), (-0.3, -0.1, "fell from")]
 )

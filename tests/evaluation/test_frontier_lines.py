@@ -8,9 +8,13 @@ import math
 
 import pytest
 
-from rlhf_exp.evaluation.comparison import Group, groups
+from rlhf_exp.evaluation.comparison import Group, evaluated_on, groups
 from rlhf_exp.evaluation.frontier import Fit, Point
 from rlhf_exp.evaluation.frontier_lines import fitted, pictures
+from rlhf_exp.evaluation.frontier_page import lead
+from rlhf_exp.evaluation.frontier_sections import Report as Page
+from rlhf_exp.evaluation.frontier_sections import best
+from rlhf_exp.evaluation.frontier_sections import trials as sections_of_trials
 from rlhf_exp.evaluation.frontier_tables import as_csv, tables
 from rlhf_exp.evaluation.trials import HELDOUT, TRAINING, Row, Trial, read
 from rlhf_exp.schema import Report
@@ -236,6 +240,28 @@ def test_seeds_of_best_of_n_are_one_line_whose_kl_is_a_bound():
     assert [p.score for p in line.paths[0]] == pytest.approx([0, 0.25, 0.4, 0.55, 0.6])
     assert line.fit.form == "bon", "its law is another than that of RL, whatever is asked for"
     assert [spot.point.name for spot in picture.pareto][-1] == "sft:best_of_16"
+
+
+def test_the_first_sentence_says_where_a_kl_is_a_bound_and_on_which_prompts():
+    """log 4 - 3/4 = 0.636, log 2 - 1/2 = 0.193; randomwalks are evaluated on the prompts of training."""
+    trial = of_best(0, {2: 0.25, 4: 0.5})
+    groups = [Group("best", [trial])]
+    settings = Report(objectives=["gold"], kl_limits=[0.5])
+
+    def said() -> str:
+        return lead(Page("", groups, pictures(groups, settings), {}, [], {}, "rl"))
+
+    assert said() == (
+        "On held-out prompts the highest gold score is 0.5, of best (sft:best_of_4) at a KL of at most 0.636. With a "
+        "KL of at most 0.5 it is 0.25, of best (sft:best_of_2) at a KL of at most 0.193."
+    )
+    trial.evaluation = {"dataset.evaluate_on": "train"}
+    assert said().startswith("On evaluated training prompts the highest gold score is 0.5")
+    assert evaluated_on([trial, of_best(1, {2: 0.5})]) == "evaluated prompts"
+    page = Page("", groups, pictures(groups, settings), {}, [], {}, "rl")
+    assert page.said(HELDOUT) == "Evaluated training prompts"
+    drawn = "".join(tag for section in (best, sections_of_trials) for tag in section(page))
+    assert "KL (evaluated)" in drawn and "eld-out" not in drawn
 
 
 def test_no_law_is_drawn_where_none_is_asked_for():

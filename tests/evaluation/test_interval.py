@@ -57,7 +57,7 @@ def test_interval_by_brute_force(level):
     """Three pairs have 27 equally likely resamples, which can be listed."""
     before, after = [0.0, 1.0, 5.0], [1.0, 1.0, 11.0]
     means = sorted(sum(draw) / 3 for draw in itertools.product([1, 0, 6], repeat=3))
-    found = interval.paired_bootstrap(before, after, level=level, draws=40_000)
+    found = interval.paired_bootstrap(before, after, level=level, draws=40_000, least=3)
     low, high = (np.quantile(means, q, method="inverted_cdf") for q in ((1 - level) / 2, (1 + level) / 2))
     assert found == pytest.approx((7 / 3, low, high))
 
@@ -95,14 +95,37 @@ def test_large_sets_are_resampled_in_parts(monkeypatch):
 
 
 def test_degenerate_pairs():
-    one = interval.paired_bootstrap([1.0], [3.0])
+    one = interval.paired_bootstrap([1.0], [3.0], least=1)
     assert one.mean == 2.0 and math.isnan(one.low) and math.isnan(one.high)
+    five = interval.paired_bootstrap(
+        [0.0] * 5, [0.1, 0.2, 0.1, 0.3, 0.2]
+    )  # five rises are chance in 2 of 32 cases
+    assert five.mean == pytest.approx(0.18) and math.isnan(five.low) and math.isnan(five.high)
+    assert interval.paired_bootstrap([0.0] * 6, [0.1, 0.2, 0.1, 0.3, 0.2, 0.1]).low > 0
     assert all(map(math.isnan, interval.paired_bootstrap([1.0, math.nan], [1.0, 2.0])))
     for before, after in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="as many scores before as after"):
             interval.paired_bootstrap(before, after)
 
 
+def test_a_prompt_comes_with_all_of_its_pairs_or_not_at_all():
+    """Prompt a has two pairs of +1, b one of -2: the four resamples have means 1, 0, 0 and -2 (of all pairs)."""
+    given = ([0.0] * 3, [1.0, -2.0, 1.0], ["a", "b", "a"])
+    found = interval.paired_bootstrap(*given, level=0.4, least=2)
+    assert found == (0.0, 0.0, 0.0)  # 30 % and 70 % points of -2 (1/4), 0 (1/2), 1 (1/4)
+    wide = interval.paired_bootstrap(*given, least=2)
+    assert (wide.low, wide.high) == (-2.0, 1.0)
+    whole = [float(x) for x in range(8)]
+    twice = interval.paired_bootstrap([0.0] * 16, whole * 2, [*range(8)] * 2)
+    assert twice == pytest.approx(interval.paired_bootstrap([0.0] * 8, whole))  # copies tell nothing
+    assert math.isnan(
+        interval.paired_bootstrap([0.0] * 16, whole * 2, [0, 1, 2, 3, 4] * 3 + [0]).low
+    )  # 5 prompts
+    with pytest.raises(ValueError, match="3 values and 1 groups"):
+        interval.paired_bootstrap(*given[:2], ["a"])
+
+
 def test_gains_of_what_both_have():
-    found = interval.gains({"gold": [0.0, 1.0], "other": [1.0]}, {"gold": [1.0, 2.0], "reward": [1.0, 2.0]})
+    scores = {"gold": [0.0, 1.0] * 3, "other": [1.0] * 6}, {"gold": [1.0, 2.0] * 3, "reward": [1.0, 2.0] * 3}
+    found = interval.gains(*scores)
     assert found == {"gold": {"mean": 1.0, "low": 1.0, "high": 1.0}}

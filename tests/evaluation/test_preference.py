@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlhf_exp.data.records import Comparison
 from rlhf_exp.evaluation import preference
@@ -93,6 +94,19 @@ def test_all_of_it_by_hand():
     assert flat["validation/source/a/accuracy"] == 0.5
     assert flat["validation/ece"] == found["calibration"]["ece"]
     assert flat["validation/margin"] == 0.5
+
+
+def test_pairs_of_one_prompt_are_not_independent():
+    """20 prompts of 6 pairs, all right of 14 and all wrong of 6: Wilson's interval of 14 of 20, not of 84 of 120."""
+    rows = [row(prompt) for prompt in range(20) for _ in range(6)]
+    scores = [(float(prompt < 14), 0.5) for prompt in range(20) for _ in range(6)]
+    found = preference.assess(rows, scores)
+    assert found["accuracy"] == pytest.approx(0.7)
+    expected = stats.binomtest(14, 20).proportion_ci(method="wilson")
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((expected.low, expected.high))
+    alone = preference.assess([row(i) for i in range(120)], scores)
+    expected = stats.binomtest(84, 120).proportion_ci(method="wilson")
+    assert (alone["accuracy_low"], alone["accuracy_high"]) == pytest.approx((expected.low, expected.high))
 
 
 def test_names_of_sources_become_metric_names():

@@ -36,6 +36,20 @@ def test_a_sweep_is_read_as_its_ppo_runs(root):
     assert first.task == ("tiny", "reviews")
 
 
+def test_the_reward_models_of_training_and_evaluation_are_kept_apart(root):
+    sft, one, two = ("0" * 64, "1" * 64, "2" * 64)
+    ppo = write_ppo(root, [(0, 1, 1)], parents={"sft": sft, "reward": one, "reward_1": two})
+    parents = {"ppo": key(ppo), "sft": sft, "reward": two, "gold": one}
+    folder = write_run(root, "eval", parents=parents, started=30)
+    policy = {"name": "ppo@1", "step": 1, "metrics": {"kl": 1.0}}
+    (folder / "eval.json").write_text(json.dumps({"policies": [policy]}))
+    (trial,), _ = read(scan(root))
+    assert trial.scorers == {
+        TRAINING: {"reward": one, "reward_1": two},
+        HELDOUT: {"reward": two, "gold": one},
+    }
+
+
 def test_how_a_run_ended_and_why(root):
     write_sweep(root)
     trials, _ = read(scan(root))

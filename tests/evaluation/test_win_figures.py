@@ -109,4 +109,21 @@ def test_of_several_runs_the_last_that_is_listed_is_spoken_of(two_runs):
     assert findings.verdict(two_runs).startswith("With dpo the gold score rose from 0.10 to 0.25")
     one = [policy for policy in two_runs if policy.get("run") != "one"]
     assert outcome.last(one)["name"] == "ppo@24"  # a single run: its last checkpoint
-    assert outcome.called(one[0]) == "sft"
+    assert outcome.called(one[0], one) == "sft"
+
+
+def test_two_stages_of_one_evaluation_are_two_runs(two_runs, monkeypatch):
+    """eval.policies=[sft,ppo,rloo]: stages have no `run`, only a role."""
+    found = [policy for policy in two_runs if policy["name"] != "dpo"]
+    for policy, role in zip(found[1:], ("ppo", "ppo", "rloo", "rloo"), strict=True):
+        policy |= {"run": "", "role": role, "name": f"{role}@{policy['step']}"}
+    assert outcome.last(found)["name"] == outcome.called(found[-1], found) == "rloo@24"
+    assert findings.verdict(found).startswith("With rloo@24 the gold score ")
+    test_each_run_has_its_own_line(found, monkeypatch)
+    panel, _ = figures.frontier_panels(found)
+    assert panel.unit == "held-out mean, 95 % intervals"
+    assert "ppo@8: KL 1.2, gold score 0.30; ppo@16: " in panel.about and "; rloo@24: " in panel.about
+    alone = [policy for policy in found if policy.get("role") != "ppo"]
+    assert findings.verdict(alone).startswith("After 24 RLOO steps the gold score ")
+    assert outcome.called(alone[-1], alone) == "the last checkpoint"
+    assert figures.frontier_panels(alone)[0].unit.endswith("; labels: RLOO step")

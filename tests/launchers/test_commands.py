@@ -187,6 +187,7 @@ def test_what_is_wrong_is_said_first(run, pipeline, words, problem):
     assert any(problem in line for line in err), err
     assert all(line.startswith("error: ") for line in err)
     assert not pipeline.calls
+    assert os.listdir() == [], "nothing is made"
 
 
 def test_without_optuna_one_line_says_what_to_install(run, pipeline, monkeypatch):

@@ -13,7 +13,7 @@ from rlhf_exp.data.pairs import Pair, pack
 from rlhf_exp.memory import activations
 from rlhf_exp.memory.activations import Forward
 from rlhf_exp.memory.architecture import GROUPS, HEADS, INNER, Architecture
-from rlhf_exp.model import attention, fused, slices
+from rlhf_exp.model import attention, fused, lora_linear, slices
 from rlhf_exp.model.base import Base
 from rlhf_exp.model.roles import Roles, lora_config
 from rlhf_exp.rewards.pairs import hidden_states
@@ -143,12 +143,13 @@ def test_probabilities_of_too_many_scores_are_not_kept():
 
 def test_the_constants_are_those_of_the_modules_that_import_torch():
     from rlhf_exp.algorithms import logits
-    from rlhf_exp.memory import parts
+    from rlhf_exp.memory import logits as ours
+    from rlhf_exp.memory import sampling
     from rlhf_exp.rollout import cache
 
     assert (activations.QUERIES, activations.KEPT) == (attention.QUERIES, attention.KEPT)
     assert activations.ROWS == slices.ROWS
-    assert (parts.CHUNK, parts.GPU, parts.ROOM) == (logits.LOGIT_BUDGET, logits.GPU_BUDGET, cache.ROOM)
+    assert (ours.CHUNK, ours.GPU, sampling.ROOM) == (logits.LOGIT_BUDGET, logits.GPU_BUDGET, cache.ROOM)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +180,21 @@ def test_what_is_not_wrapped_keeps_no_input(targets, inputs, monkeypatch):
     assert found[1] - found[0] == (MORE - FEW) * ROWS * LENGTH * 4 * by_hand
 
 
-def test_dropout_keeps_what_was_dropped_out_for_each_matrix(monkeypatch):
-    lora = Lora(r=RANK, dropout=0.5)
-    found = [
-        saved(base_of("llama3_8b", layers, torch.float32, monkeypatch), "llama3_8b", lora=lora, train=True)
-        for layers in (FEW, MORE)
-    ]
-    model = described(base_of("llama3_8b", MORE, torch.float32, monkeypatch))
-    ours = activations.token(model, forward_of("llama3_8b", torch.float32, dropout=True))
-    assert ROWS * LENGTH * ours == pytest.approx((found[1] - found[0]) / (MORE - FEW), rel=0.05)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_pefts_own_layers_keep_no_more(dropout, dtype, monkeypatch):
+    """With dropout, and on matrices that are quantised: here plain ones that are left to PEFT in the same way.
+
+    Their inputs are not cast to float32 (Roles calls autocast). With dropout each matrix has an input of its own.
+    """
+    monkeypatch.setattr(lora_linear, "install", lambda layer: None)
+    lora = Lora(r=RANK, dropout=dropout)
+    bases = [base_of("llama3_8b", layers, dtype, monkeypatch) for layers in (FEW, MORE)]
+    found = [saved(base, "llama3_8b", lora=lora, train=True) for base in bases]
+    forward = forward_of("llama3_8b", dtype, dropout=dropout > 0)
+    ours = ROWS * LENGTH * activations.token(described(bases[1]), forward)
+    ours += activations.attention(described(bases[1]), forward, ROWS, LENGTH)
+    assert ours == pytest.approx((found[1] - found[0]) / (MORE - FEW), rel=0.05)
 
 
 def test_all_weights_trained_keep_every_input(monkeypatch):

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.memory import activations, architecture, parts, strategies, table
-from rlhf_exp.memory.parts import Batch, Facts, Item
+from rlhf_exp.memory import (
+    activations,
+    architecture,
+    counted,
+    parts,
+    sampling,
+    strategies,
+    table,
+    training,
+    weights,
+)
+from rlhf_exp.memory.counted import Batch, Facts, Item
 from rlhf_exp.model import shapes
 from rlhf_exp.schema import (
     DPO,
@@ -20,6 +30,7 @@ from rlhf_exp.schema import (
     ILQLRun,
     Lora,
     Memory,
+    Model,
     Optim,
     PPORun,
     Reward,
@@ -62,16 +73,43 @@ def of(items: list[Item], kind: str, role: str | None = None, phase: str | None 
 
 def test_an_adapter_is_sixteen_bytes_a_number_beside_one_base(facts):
     found = parts.items(config_of(SFTRun), facts)
-    assert of(found, parts.PARAMETERS, "base") == 4 * NUMBERS
-    assert of(found, parts.PARAMETERS, "policy") == 4 * ADAPTER
-    assert of(found, parts.GRADIENTS) == 4 * ADAPTER
-    assert of(found, parts.OPTIMISER) == 8 * ADAPTER
+    assert of(found, counted.PARAMETERS, "base") == 4 * NUMBERS
+    assert of(found, counted.PARAMETERS, "policy") == 4 * ADAPTER
+    assert of(found, counted.GRADIENTS) == 4 * ADAPTER
+    assert of(found, counted.OPTIMISER) == 8 * ADAPTER
+
+
+def test_a_process_takes_memory_of_its_own_where_it_is_the_devices(facts):
+    found = [item for item in parts.items(config_of(SFTRun), facts) if item.kind == counted.LIBRARIES]
+    assert [item.bytes for item in found if not item.label] == [
+        counted.PROCESS
+    ]  # test_kernels.py has the others
+    assert of(parts.items(config_of(SFTRun), replace(facts, device="cuda")), counted.LIBRARIES) == 0
+
+
+def test_a_step_on_cuda_holds_roots_of_the_second_moments(facts):
+    """torch._foreach_sqrt of all second moments at once: 4 bytes a trained number, when activations are gone."""
+    found = parts.items(config_of(SFTRun), replace(facts, device="cuda"))
+    assert of(found, counted.OPTIMISER, phase=counted.STEP) == (8 + 4) * ADAPTER
+    assert of(found, counted.OPTIMISER, phase=counted.BACKWARD) == 8 * ADAPTER
+    assert of(found, counted.KEPT, phase=counted.STEP) == 0
+    assert of(found, counted.GRADIENTS, phase=counted.STEP) == 4 * ADAPTER
+    assert of(parts.items(config_of(SFTRun), facts), counted.OPTIMISER, phase=counted.STEP) == 8 * ADAPTER
+
+
+def test_a_second_model_is_held_beside_the_base(facts):
+    beside = (counted.Beside("judge", 1000.0, 70.0), counted.Beside("encoder", 300.0, 20.0))
+    found = parts.items(ppo(), replace(facts, beside=beside))
+    assert of(found, counted.PARAMETERS, "judge") == 1000
+    assert of(found, counted.PASSING, "judge", counted.SECOND) == 70
+    assert of(found, counted.PASSING, "encoder", counted.FORWARD) == 0
+    assert of(found, counted.PARAMETERS, "encoder", counted.DECODE) == 300
 
 
 def test_eight_bit_moments_are_a_byte_each_and_a_float_for_256(facts):
     config = config_of(SFTRun)
     config.optim.moments = "8bit"
-    assert of(parts.items(config, facts), parts.OPTIMISER) == pytest.approx(ADAPTER * 2 * (1 + 4 / 256))
+    assert of(parts.items(config, facts), counted.OPTIMISER) == pytest.approx(ADAPTER * 2 * (1 + 4 / 256))
 
 
 @pytest.mark.parametrize(
@@ -79,24 +117,34 @@ def test_eight_bit_moments_are_a_byte_each_and_a_float_for_256(facts):
 )
 def test_a_quantised_base_keeps_its_table_and_its_vectors(model, kind, each):
     kept = 512 * 64 + 5 * 64
-    assert parts.base_bytes(model, "bfloat16", kind) == pytest.approx(2 * kept + each * 2 * LAYER)
+    assert weights.base_bytes(model, "bfloat16", kind) == pytest.approx(2 * kept + each * 2 * LAYER)
+
+
+def test_of_a_quantised_base_a_matrix_is_put_back_at_a_time(facts):
+    """The widest has 128 x 64 numbers; the table of 512 x 64 is not quantised."""
+    config = config_of(SFTRun)
+    config.model = Model(name="x", quantization="4bit")
+    found = parts.items(config, replace(facts, dtype="bfloat16", device="cuda"))
+    assert of(found, counted.PASSING, "base") == 2 * 128 * 64
+    assert of(parts.items(config_of(SFTRun), facts), counted.PASSING, "base") == 0
 
 
 def test_all_weights_are_trained_in_their_own_place(facts):
     config = config_of(SFTRun)
     config.lora.full = True
     found = parts.items(config, facts)
-    assert of(found, parts.PARAMETERS) == 4 * NUMBERS
-    assert of(found, parts.OPTIMISER) == 8 * NUMBERS
+    assert of(found, counted.PARAMETERS) == 4 * NUMBERS
+    assert of(found, counted.OPTIMISER) == 8 * NUMBERS
 
 
 def test_a_bfloat16_base_on_a_cpu_has_its_output_layer_in_float32_too(facts):
     half = replace(facts, dtype="bfloat16")
     found = parts.items(ppo(), half)
-    assert of(found, parts.PARAMETERS, "base") == 2 * NUMBERS + 4 * 512 * 64
-    assert of(parts.items(ppo(), replace(half, device="cuda")), parts.PARAMETERS, "base") == 2 * NUMBERS
+    assert of(found, counted.PARAMETERS, "base") == 2 * NUMBERS + 4 * 512 * 64
+    assert of(parts.items(ppo(), replace(half, device="cuda")), counted.PARAMETERS, "base") == 2 * NUMBERS
     assert (
-        of(parts.items(config_of(RewardRun, reward=Reward()), half), parts.PARAMETERS, "base") == 2 * NUMBERS
+        of(parts.items(config_of(RewardRun, reward=Reward()), half), counted.PARAMETERS, "base")
+        == 2 * NUMBERS
     )
 
 
@@ -120,16 +168,17 @@ def test_ppos_roles(facts):
         "gold",
         "ema",
         "critic",
+        "process",
     }
     for role in ("ref", "reward", "reward_1", "gold", "ema"):
-        assert of(found, parts.PARAMETERS, role) == 4 * ADAPTER
+        assert of(found, counted.PARAMETERS, role) == 4 * ADAPTER
     # the value head: 64 weights and a bias
-    assert of(found, parts.OPTIMISER, "critic") == 8 * 65
+    assert of(found, counted.OPTIMISER, "critic") == 8 * 65
     own = parts.items(ppo(critic="own"), facts)
-    assert of(own, parts.OPTIMISER, "critic") == 8 * (ADAPTER + 65)
+    assert of(own, counted.OPTIMISER, "critic") == 8 * (ADAPTER + 65)
     # its own forward of 4 x 16 tokens, and 4 x 6 states in float32
-    kept = activations.kept(facts.model, parts.forward_of(ppo(), facts), 4, 16)
-    assert of(own, parts.KEPT, "critic") == kept + 4 * 6 * 64 * 4
+    kept = activations.kept(facts.model, training.forward_of(ppo(), facts), 4, 16)
+    assert of(own, counted.KEPT, "critic") == kept + 4 * 6 * 64 * 4
     assert "critic" not in {item.role for item in parts.items(ppo(estimator="reinforce"), facts)}
     assert "ref" not in {item.role for item in parts.items(ppo(), replace(facts, reference=False))}
 
@@ -137,9 +186,9 @@ def test_ppos_roles(facts):
 def test_the_cache_has_the_room_that_is_taken_in_advance(model):
     """Keys and values of 2 heads of 16 in 2 layers; 10 + 64 places, and 65 more once the 75th token is there."""
     batch = Batch(rows=3, prompt=10, answer=100)
-    assert parts.cache(model, 4, batch, 1) == 2 * 3 * 2 * 32 * 4 * 74
-    assert parts.cache(model, 4, batch, 65) == 2 * 3 * 2 * 32 * 4 * 74
-    assert parts.cache(model, 4, batch, 66) == 2 * 3 * 2 * 32 * 4 * (74 + 65)
+    assert sampling.cache(model, 4, batch, 1) == 2 * 3 * 2 * 32 * 4 * 74
+    assert sampling.cache(model, 4, batch, 65) == 2 * 3 * 2 * 32 * 4 * 74
+    assert sampling.cache(model, 4, batch, 66) == 2 * 3 * 2 * 32 * 4 * (74 + 65)
 
 
 def test_the_caches_room_is_that_of_the_real_one(model):
@@ -153,45 +202,45 @@ def test_the_caches_room_is_that_of_the_real_one(model):
             new = torch.zeros(3, 2, 10 if step == 0 else 1, 16)
             layer.update(new, new)
         held = layer._held[0].nbytes + layer._held[1].nbytes
-        assert parts.cache(model, 4, Batch(3, 10, steps), steps) == 2 * held
+        assert sampling.cache(model, 4, Batch(3, 10, steps), steps) == 2 * held
 
 
 def test_windowed_layers_cache_no_more_than_their_window(model):
     windowed = replace(model, window=20, windowed=1)
-    assert parts.cache(windowed, 4, Batch(1, 10, 100), 1) == 2 * 32 * 4 * (74 + 20)
+    assert sampling.cache(windowed, 4, Batch(1, 10, 100), 1) == 2 * 32 * 4 * (74 + 20)
 
 
 def test_rows_of_a_forward_are_divided_by_the_ranks(facts):
     for ranks, rows in ((1, 4), (2, 4), (4, 2), (3, 3)):
         config = ppo()
         found = parts.items(config, replace(facts, ranks=ranks))
-        kept = activations.kept(facts.model, parts.forward_of(config, facts), rows, 16)
-        assert of(found, parts.KEPT, "policy") == kept
+        kept = activations.kept(facts.model, training.forward_of(config, facts), rows, 16)
+        assert of(found, counted.KEPT, "policy") == kept
     # 0 is as many as there are, and tokens bound them: 16 a row
-    assert of(parts.items(ppo(micro_batch_size=0), facts), parts.KEPT, "policy") == pytest.approx(
-        activations.kept(facts.model, parts.forward_of(ppo(), facts), 8, 16)
+    assert of(parts.items(ppo(micro_batch_size=0), facts), counted.KEPT, "policy") == pytest.approx(
+        activations.kept(facts.model, training.forward_of(ppo(), facts), 8, 16)
     )
-    assert of(parts.items(ppo(micro_batch_tokens=35), facts), parts.KEPT, "policy") == pytest.approx(
-        activations.kept(facts.model, parts.forward_of(ppo(), facts), 2, 16)
+    assert of(parts.items(ppo(micro_batch_tokens=35), facts), counted.KEPT, "policy") == pytest.approx(
+        activations.kept(facts.model, training.forward_of(ppo(), facts), 2, 16)
     )
 
 
 def test_both_answers_of_a_pair_count(facts):
     found = parts.items(config_of(DPORun, dpo=DPO()), facts)
-    forward = parts.forward_of(config_of(DPORun, dpo=DPO()), facts, padded=True, train=False)
-    assert of(found, parts.KEPT) == activations.kept(facts.model, forward, 8, 16)
-    assert of(found, parts.PARAMETERS, "ref") == 4 * ADAPTER
+    forward = training.forward_of(config_of(DPORun, dpo=DPO()), facts, padded=True, train=False)
+    assert of(found, counted.KEPT) == activations.kept(facts.model, forward, 8, 16)
+    assert of(found, counted.PARAMETERS, "ref") == 4 * ADAPTER
 
 
 def test_rewards_pairs_are_bound_by_tokens(facts):
     """A pair has 10 + 6 + 6 tokens: 50 take two."""
     config = config_of(RewardRun, reward=Reward(micro_batch_tokens=50))
     found = parts.items(config, facts)
-    kept = activations.kept_pairs(facts.model, parts.forward_of(config, facts), 2, 10, 6, 6)
-    assert of(found, parts.KEPT) == kept + 2 * 2 * 1 * 64 * 8
+    kept = activations.kept_pairs(facts.model, training.forward_of(config, facts), 2, 10, 6, 6)
+    assert of(found, counted.KEPT) == kept + 2 * 2 * 1 * 64 * 8
     twice = parts.items(config_of(RewardRun, reward=Reward(share_prompts=False)), facts)
-    forward = parts.forward_of(config, facts)
-    assert of(twice, parts.KEPT) == activations.kept(facts.model, forward, 8, 16) + 2 * 4 * 64 * 8
+    forward = training.forward_of(config, facts)
+    assert of(twice, counted.KEPT) == activations.kept(facts.model, forward, 8, 16) + 2 * 4 * 64 * 8
 
 
 @pytest.mark.parametrize(
@@ -201,20 +250,20 @@ def test_ilqls_heads_are_twins_and_their_copies(facts, head, numbers):
     config = config_of(ILQLRun, ilql=ILQL(head=head), generation=Generation())
     found = parts.items(config, facts)
     value = 64 if head == "linear" else 2 * 64**2
-    assert of(found, parts.OPTIMISER, "Q and V heads") == 8 * (2 * numbers + value)
-    assert of(found, parts.PARAMETERS, "lagging Q heads") == 4 * 2 * numbers
+    assert of(found, counted.OPTIMISER, "Q and V heads") == 8 * (2 * numbers + value)
+    assert of(found, counted.PARAMETERS, "lagging Q heads") == 4 * 2 * numbers
 
 
 def test_the_peak_is_the_phase_that_needs_most():
     items = [
-        Item("base", parts.PARAMETERS, 100.0),
-        Item("policy", parts.CACHE, 50.0, (parts.DECODE,)),
-        Item("policy", parts.KEPT, 30.0, parts.TRAIN),
-        Item("policy", parts.LOGITS, 25.0, (parts.FORWARD,)),
+        Item("base", counted.PARAMETERS, 100.0),
+        Item("policy", counted.CACHE, 50.0, (counted.DECODE,)),
+        Item("policy", counted.KEPT, 30.0, counted.TRAIN),
+        Item("policy", counted.LOGITS, 25.0, (counted.FORWARD,)),
     ]
-    assert parts.peak(items) == (parts.FORWARD, 155.0)
-    assert parts.phases(items) == [parts.DECODE, parts.FORWARD, parts.BACKWARD]
-    assert parts.peak(items[:1]) == ("run", 100.0)
+    assert counted.peak(items) == (counted.FORWARD, 155.0)
+    assert counted.phases(items) == [counted.DECODE, counted.FORWARD, counted.BACKWARD]
+    assert counted.peak(items[:1]) == ("run", 100.0)
 
 
 # ---------------------------------------------------------------- ranks
@@ -235,10 +284,10 @@ def test_what_is_sharded(facts, strategy, moments, base):
     config = config_of(SFTRun)
     whole = parts.items(config, facts)
     rank = strategies.on_rank(whole, strategy, 4, facts.model, "float32")
-    assert of(rank.device, parts.OPTIMISER) == 8 * ADAPTER / moments
-    assert of(rank.device, parts.GRADIENTS) == 4 * ADAPTER
-    assert of(rank.device, parts.PARAMETERS, "base", parts.BACKWARD) == pytest.approx(base)
-    assert of(rank.host, parts.PARAMETERS) == (
+    assert of(rank.device, counted.OPTIMISER) == 8 * ADAPTER / moments
+    assert of(rank.device, counted.GRADIENTS) == 4 * ADAPTER
+    assert of(rank.device, counted.PARAMETERS, "base", counted.BACKWARD) == pytest.approx(base)
+    assert of(rank.host, counted.PARAMETERS) == (
         pytest.approx(4 * (NUMBERS - 512 * 64) / 4) if strategy == "zero3_offload" else 0
     )
 
@@ -246,13 +295,13 @@ def test_what_is_sharded(facts, strategy, moments, base):
 def test_zero3_gathers_all_layers_to_sample(facts):
     rank = strategies.on_rank(parts.items(ppo(), facts), "zero3", 4, facts.model, "float32")
     layers = 4 * (NUMBERS - 512 * 64)
-    assert of(rank.device, parts.PARAMETERS, "base", parts.DECODE) == pytest.approx(
+    assert of(rank.device, counted.PARAMETERS, "base", counted.DECODE) == pytest.approx(
         4 * 512 * 64 + layers * 1.25
     )
 
 
 def test_what_travels(facts):
-    """Of 4 ranks each sends 2 * 3/4 of the gradients; ZeRO the stepped weights too; ZeRO-3 the layers, each pass."""
+    """Of 4 ranks each sends 2 * 3/4 of the gradients; ZeRO again, and the stepped weights; ZeRO-3 the layers too."""
     found = parts.items(config_of(SFTRun), facts)
     sent = {
         name: strategies.volume(name, 4, found, facts.model, "float32", passes=2)
@@ -260,20 +309,20 @@ def test_what_travels(facts):
     }
     gradients, layers = 4 * ADAPTER, 4 * (NUMBERS - 512 * 64)
     assert sent["ddp"].step == pytest.approx(1.5 * gradients)
-    assert sent["zero2"].step == pytest.approx(2.25 * gradients)
-    assert sent["zero3"].step == pytest.approx(2.25 * gradients + 2 * 0.75 * layers)
+    assert sent["zero2"].step == pytest.approx(3.75 * gradients)
+    assert sent["zero3"].step == pytest.approx(3.75 * gradients + 2 * 0.75 * layers)
     assert (sent["ddp"].rollout, sent["zero3"].rollout) == (0, pytest.approx(0.75 * layers))
     assert strategies.volume("ddp", 1, found, facts.model, "float32", 2).step == 0
 
 
 def test_four_separate_models(facts):
     """Policy and critic at 16 bytes a number, reference and reward model at the base's width."""
-    found = parts.separate(ppo(), facts)
+    found = weights.separate(ppo(), facts)
     assert sum(found.values()) == NUMBERS * (16 + 16 + 4 + 4)
 
 
 def test_the_table(facts):
-    items = [Item("base", parts.PARAMETERS, 2e9), Item("policy", parts.CACHE, 5e7, (parts.DECODE,))]
+    items = [Item("base", counted.PARAMETERS, 2e9), Item("policy", counted.CACHE, 5e7, (counted.DECODE,))]
     lines = list(table.lines("title", items, items, [], 1))
     assert lines[0] == "title"
     assert next(line.split("│") for line in lines if "KV cache" in line)[-1].strip() == "50 MB"

@@ -28,6 +28,7 @@ VERDICTS = by_verdicts(3, [0.8, 0.45, 0.3], [True, False, True])
 
 def test_the_best_and_the_worst_the_first_of_equal_ones():
     assert picks(SCORES, "best_worst", 0, dropped := Counter()) == [Pick(1, 0, 2.0)]
+    assert picks(by_scores([2.0, 1.0, 3.0, 1.0, 3.0]), "best_worst", 0, dropped) == [Pick(2, 1, 2.0)]
     assert not dropped
 
 

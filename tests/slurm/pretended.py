@@ -59,7 +59,8 @@ def meet(size: int) -> float:
 
     here = current.trial().folder
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ.get(name) or distributed._taken.get(name) for name in names}
+    with distributed.environment():
+        given = {name: os.environ.get(name) for name in names}
     assert distributed.world_size() == size
     distributed.start()
     total = distributed.add({"ranks": distributed.rank() + 1})["ranks"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from tests.slurm.cluster import alive
 from tests.slurm.pretended import after
 
 pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def graph_of(number: int) -> Graph:
@@ -150,8 +153,10 @@ def test_everything_that_can_happen_to_a_job(slurm, pretended, capsys):
     until(lambda: not units.read(sweep)["1"].open)
     assert command.main(["collect", str(sweep)]) == 1
     shown = capsys.readouterr()
-    assert "7 trials: 6 done, 1 failed" in shown.out
-    assert shown.err == "error: trial 1 run_name=steps=5,raises=3: RuntimeError: the loss is not a number\n"
+    assert "1 of 7 trials are not done; go on: " in shown.out
+    assert shown.err == "error: trial 1 (run_name=steps=5,raises=3): RuntimeError: the loss is not a number\n"
+    table = json.loads((sweep / "table.json").read_text())
+    assert [row["status"] for row in table] == ["done", "failed", *["done"] * 5]
 
 
 def test_a_job_is_started_again_only_so_often(slurm, pretended):
@@ -194,6 +199,40 @@ def test_commands_on_a_sweep_that_nobody_waits_for(slurm, pretended, capsys, mon
     assert command.main(["logs", str(sweep), "7"]) == 2
     assert command.main(["status", str(sweep / "0")]) == 2
     assert "it has no sweep.json" in capsys.readouterr().err
+
+
+def test_watching_and_following_until_the_end(slurm, pretended, monkeypatch):
+    """As people do it: `status --watch` and `logs --follow` in shells of their own."""
+    sweep = pretended(["steps=40,pause=0.1"])
+    start(sweep, Settings(), 1)
+    monkeypatch.setenv("COLUMNS", "160")
+    program = [sys.executable, "-u", "-m", "rlhf_exp.jobs"]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    follow = subprocess.Popen([*program, "logs", str(sweep), "0", "--follow"], **pipes)
+    watch = subprocess.Popen([*program, "status", str(sweep), "--watch", "--every=0.3"], **pipes)
+    shown, _ = watch.communicate(timeout=200)
+    assert watch.returncode == 0
+    assert "1 trial: 1 done" in shown.splitlines()[-1]
+    said, _ = follow.communicate(timeout=60)  # by itself, when the job has ended
+    assert follow.returncode == 0
+    assert f"== 0: {script.log(sweep, units.read(sweep)['0'].job)}\n" in said
+    assert said.count(", start 1\n") == 1 and said.count("trial 0: run_name=") == 1
+
+
+@pytest.mark.long
+def test_a_job_of_five_minutes_is_preempted_like_any_other(slurm, pretended):
+    """submitit takes a job with a limit of ten minutes or less for one that has reached it, and ends it."""
+    sweep = pretended(["steps=60,pause=0.2"])
+    start(sweep, Settings(time="5", cpus_per_task=8), 1)
+    until(lambda: len(steps(sweep, 0)) > 3)
+    node = states.of(units.read(sweep)["0"].job).nodes
+    slurm.run("sbatch", "-p", "high", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    unit = wait(sweep, [0])[0]
+    assert (unit.status, unit.starts, unit.restarts) == ("done", 2, 1), logs(sweep)
+    (requeued,) = (event for event in ledger.read(sweep) if event["event"] == "requeued")
+    assert requeued["reason"].startswith("stopped by SIGUSR1 at step ")
+    assert steps(sweep, 0) == list(range(1, 61))
+    assert digest(sweep, 0) == undisturbed(60)
 
 
 def test_tasks_on_two_nodes_find_each_other(slurm, pretended):

@@ -24,14 +24,25 @@ def test_scripts_are_shown_and_nothing_stays_behind(tmp_path, monkeypatch, capsy
     assert list((tmp_path / "multirun").rglob("*.yaml")) == []
 
 
+def test_a_single_run_is_one_job(capsys):
+    """Without -m, and without anything that is swept."""
+    words = [*WORDS, "reward_source=length", "adapters.sft=base", "hydra.launcher.dry_run=true"]
+    assert cli.main(words) == 0
+    (ppo,) = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    assert "#SBATCH --array=0%256\n" in ppo and "--dependency" not in ppo
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (
             ["hydra.launcher.patrition=x"],
-            "Could not override 'hydra.launcher.patrition'. Key 'patrition' not in",
+            "unknown key hydra.launcher.patrition; did you mean hydra.launcher.partition?",
         ),
-        (["hydra.launcher.by_stage.stf.mem=1G"], "Key 'stf' not in 'ByStage'"),
+        (
+            ["hydra.launcher.by_stage.stf.mem=1G"],
+            "unknown key hydra.launcher.by_stage.stf; did you mean hydra.launcher.by_stage.sft?",
+        ),
         (["hydra.launcher.nodes=two"], "Value 'two' of type 'str' could not be converted to Integer"),
         (
             ["hydra.launcher.nodes=0", "hydra.launcher.dry_run=true", "reward_source=length"],
@@ -39,9 +50,11 @@ def test_scripts_are_shown_and_nothing_stays_behind(tmp_path, monkeypatch, capsy
         ),
     ],
 )
-def test_settings_that_cannot_be(words, said, capsys):
+def test_settings_that_cannot_be(words, said, capsys, tmp_path):
     assert cli.main([*WORDS, *words]) == 2
-    assert said in capsys.readouterr().err
+    said_here = capsys.readouterr().err
+    assert said in said_here and said_here.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [], "nothing is made"
 
 
 @pytest.mark.parametrize("name", ["wait=false", "dry_run=true"])

@@ -253,7 +253,9 @@ def test_a_time_limit_and_a_requeue_continue_in_the_same_run(slurm, tmp_path):
         "reward_source=python",
         "reward_source.function=python:scores.slow,python:scores.lost",
     )
-    with Sweep(tmp_path, *words, "hydra.launcher.time=2", "hydra.launcher.signal_delay_s=45") as sweep:
+    # on a busy machine two minutes are a few steps
+    limits = ("hydra.launcher.time=2", "hydra.launcher.signal_delay_s=45", "hydra.launcher.max_requeues=50")
+    with Sweep(tmp_path, *words, *limits) as sweep:
         sweep.until(lambda: sweep.step(1) > 1)
         slurm.run("scontrol", "requeue", sweep.job(1))
         assert sweep.end() == 0, sweep.said()

@@ -116,6 +116,31 @@ def test_the_ledger_is_believed_before_slurm(sweep, slurm, monkeypatch):
     assert statuses(sweep)["0"] == ("done", "")
 
 
+def test_a_job_may_be_named_without_its_sweep(tmp_path, monkeypatch, capsys):
+    """The newest sweep is meant, as where nothing is named."""
+    from rlhf_exp.jobs import __main__ as command
+    from rlhf_exp.jobs import submit
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("2026-01-01", "2026-01-02"):
+        place = tmp_path / "multirun" / "results" / name
+        for number in range(3):
+            ledger.append(place, "trial", number=number, overrides=[])
+            ledger.append(place, "submitted", number=number, stage="ppo", job=f"{name[-1]}_{number}")
+        (place / "sweep.json").write_text("{}")
+    (place / "slurm").mkdir()
+    (place / "slurm" / "2_1.log").write_text("first\nsecond\n")
+    assert command.main(["logs", "1", "-n", "1"]) == 0
+    assert capsys.readouterr().out == "== 1: multirun/results/2026-01-02/slurm/2_1.log\nsecond\n"
+    cancelled = []
+    monkeypatch.setattr(submit, "cancel", lambda jobs: cancelled.extend(jobs) or "")
+    assert command.main(["cancel", "0", "2"]) == 0
+    assert cancelled == ["2_0", "2_2"]
+    assert command.main(["cancel", "7"]) == 2
+    assert "2026-01-02 has no job 7; there are: 0, 1, 2" in capsys.readouterr().err
+    assert cancelled == ["2_0", "2_2"]
+
+
 def test_waiting_goes_on_while_slurm_does_not_answer(sweep, monkeypatch):
     answers = iter([states.NoAnswer("away"), states.NoAnswer("away"), None])
 

@@ -95,7 +95,7 @@ def test_all_of_them_are_measured_on_the_same_prompts(looked_at, ppo, adapters, 
     shutil.copytree(adapters["other"], ppo / "ema")
     config = run_config(
         "eval",
-        eval=Evaluation(prompts=4, gold="none", checkpoints=False),
+        eval=Evaluation(prompts=6, gold="none", checkpoints=False),
         generation=Generation(max_new_tokens=5),
         reward_source=RewardSource(kind="function", function="length"),
     )
@@ -105,6 +105,8 @@ def test_all_of_them_are_measured_on_the_same_prompts(looked_at, ppo, adapters, 
     assert [(p["name"], p["step"]) for p in found] == [
         ("sft", 0), ("ppo (best: step 2)", 2), ("ppo (ema)", None), ("ppo@7", 7),
     ]  # fmt: skip
+    steps = [line.get("policy_step") for line in read_lines(given.folder.path / "metrics.jsonl")]
+    assert steps == [0, 2, None, 7]  # an average was here at no step
     sft, chosen, average, last = found
     assert chosen["metrics"] == sft["metrics"]  # KL 0 among them
     assert average["metrics"] == last["metrics"] and average["metrics"]["kl"] > 0

@@ -89,7 +89,7 @@ def test_two_policies_against_each_other_share_one(run):
 
 
 def test_a_policy_against_itself_is_exactly_one_half():
-    measured = SimpleNamespace(scores={"gold": [0.25, -1.0, 3.0]}, texts=["a", "b", ""])
+    measured = SimpleNamespace(scores={"gold": [0.25, -1.0, 3.0] * 2}, texts=["a", "b", ""] * 2)
     config = EvalRun(stage="eval", eval=Evaluation(judge="gold"))
     metrics = Comparer(config, None).metrics(measured, measured, [])
     assert [metrics[f"win_rate{end}"] for end in ("", "_low", "_high", "_ties")] == [0.5, 0.5, 0.5, 1.0]

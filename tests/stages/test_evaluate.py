@@ -63,7 +63,8 @@ def evaluated(base, adapters, tmp_path_factory):
 
 
 def test_the_form_of_eval_json(evaluated):
-    assert set(evaluated.content) == {"policies", "samples", "data"}
+    assert set(evaluated.content) == {"prompts", "evaluate_on", "policies", "samples", "data"}
+    assert evaluated.content["evaluate_on"] == "heldout"
     assert [(p["name"], p["step"]) for p in evaluated.content["policies"]] == [
         ("sft", 0),
         ("ppo@2", 2),

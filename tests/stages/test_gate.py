@@ -144,7 +144,9 @@ def test_a_run_of_stage_probe_stands_in_where_the_reward_run_has_none(plan, tmp_
     for name, key, found in (
         ("other", "ef" * 32, report(empty=1.0)),
         ("part", "ab" * 32, {"kinds": {"empty": {"share": 1.0}}, "invariances": {}}),
-        ("its", "ab" * 32, report(echo=0.5)),
+        ("train", "ab" * 32, report(short=0.5) | {"split": "train", "pairs": 64}),
+        ("heldout", "ab" * 32, report(short=0.5) | {"split": "heldout", "pairs": 64}),
+        ("its", "ab" * 32, report(echo=0.5) | {"split": "validation", "pairs": 5}),
     ):
         folder = RunFolder(tmp_path / "out" / "probe" / name, "probe", name.ljust(64, "0"))
         folder.start({"parents": {"reward": {"key": key}}})
@@ -154,7 +156,7 @@ def test_a_run_of_stage_probe_stands_in_where_the_reward_run_has_none(plan, tmp_
         folder.finish({})
         if name != "its":
             assert "was not probed" in next(gate.notes(todo))
-    assert "echo 0.50" in next(gate.notes(todo))
+    assert "echo 0.50 (limit 0.2) (stage=probe, 5 pairs);" in next(gate.notes(todo))
 
 
 # ---------------------------------------------------------------- patch
@@ -217,13 +219,24 @@ def pairs(*rows: tuple[int, float, float]) -> dict:
 
 
 def test_accuracy_before_and_after_on_the_same_pairs():
-    before = pairs((1, 1, 0), (2, 0, 1), (3, 0, 0), (4, 2, 1))  # 1, 0, 0.5, 1
-    after = pairs((1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 0, 1))  # 1, 1, 1, 0
+    before = pairs((1, 1, 0), (2, 0, 1), (3, 0, 0), (4, 2, 1), (5, 1, 0), (6, 1, 0))  # 1, 0, 0.5, 1, 1, 1
+    after = pairs((1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 0, 1), (5, 1, 0), (6, 1, 0))  # 1, 1, 1, 0, 1, 1
     found = gate.accuracy_change(before, after)
-    assert (found["pairs"], found["before"], found["after"]) == (4, 0.625, 0.75)
-    assert found["difference"]["mean"] == pytest.approx(0.125)  # 0, 1, 0.5, -1
-    assert -1 <= found["difference"]["low"] < 0.125 < found["difference"]["high"] <= 1
+    assert (found["pairs"], found["prompts"], found["before"], found["after"]) == (6, 6, 0.75, 5 / 6)
+    assert found["difference"]["mean"] == pytest.approx(0.5 / 6)  # 0, 1, 0.5, -1, 0, 0
+    assert -1 <= found["difference"]["low"] < 0.5 / 6 < found["difference"]["high"] <= 1
     assert gate.accuracy_change(before, pairs((1, 1, 0))) is None
+
+
+def test_accuracy_changes_by_prompt_not_by_pair():
+    """Ten pairs of each of six prompts, three prompts all better, three all worse: as sure as six pairs."""
+    one = [(prompt, prompt % 2, 1 - prompt % 2) for prompt in range(6)]
+    other = [(prompt, b, a) for prompt, a, b in one]
+    many = gate.accuracy_change(pairs(*one * 10), pairs(*other * 10))
+    few = gate.accuracy_change(pairs(*one), pairs(*other))
+    assert (many["pairs"], many["prompts"]) == (60, 6)
+    assert many["difference"] == pytest.approx(few["difference"])
+    assert few["difference"]["low"] == pytest.approx(-2 / 3)  # 1 of 6 better, as of 6 coins (test_wins.py)
 
 
 def test_all_validation_pairs_count_where_they_were_scored():
@@ -243,7 +256,7 @@ def test_a_change_is_kept_with_the_run_that_stands_on_it(plan, tmp_path):
     assert (
         found["before"]["kinds"]["empty"]["share"] == 0.3 and found["after"]["kinds"]["empty"]["share"] == 0
     )
-    assert found["accuracy"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+    assert found["accuracy"]["difference"]["mean"] == 0 and found["accuracy"]["prompts"] == 2
     assert gate.changes(reward) is None
     assert not Path(tmp_path / "run" / gate.GATE).exists()
     folder = RunFolder(tmp_path / "run", "ppo", "dd" * 32)

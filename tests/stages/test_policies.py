@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.errors import InputError
+from rlhf_exp.evaluation import figures, findings, outcome
 from rlhf_exp.schema import EvalRun, Evaluation, Tracking
-from rlhf_exp.stages import policies
+from rlhf_exp.stages import adapters as adapters_
+from rlhf_exp.stages import compared_check, policies
 from rlhf_exp.stages.candidates import listed, reference_of
+from rlhf_exp.stages.evaluate import how
+from rlhf_exp.stages.nodes import BaseFacts, Node, Plan
 from rlhf_exp.stages.policies import entries, fingerprints, locate, names, problems, roles
 
 
@@ -322,3 +326,66 @@ def test_the_key_knows_who_which_step_and_which_name(runs):
 def test_an_mlflow_run_is_called_by_its_id(tmp_path):
     assert names(asked("runs:/0123456789abcdef/adapter"), {"compared_0": tmp_path}) == {0: "run 01234567"}
     assert policies.step_of(Path("x/step_00016")) == 16 and policies.step_of(Path("x/adapter")) is None
+
+
+def test_two_stages_that_keep_steps_are_told_apart_in_what_the_report_reads(runs, find):
+    """ppo and rloo have no run of their own to name, and neither is drawn or spoken of as the other."""
+    rloo = runs / "rloo"
+    shutil.copytree(runs / "ppo" / ("a" * 12), rloo)
+    shutil.copytree(rloo / "adapter", rloo / "checkpoints" / "step_00006")
+    found = find(asked("sft", "ppo@4", "rloo@6"), ppo=runs / "ppo" / ("a" * 12), rloo=rloo)
+    scores = {"sft": (0.0, 0.5), "ppo@4": (2.0, 0.25), "rloo@6": (1.0, 0.75)}
+    policies_ = [
+        {"name": c.name, "step": c.step, "metrics": dict(zip(("kl", "gold"), scores[c.name], strict=True))}
+        | how(c)
+        for c in found
+    ]
+    assert outcome.last(policies_)["name"] == "rloo@6"
+    assert findings.verdict(policies_).startswith("With rloo@6 the gold score went from 0.50 to 0.75")
+    (panel,) = figures.frontier_panels(policies_)
+    assert panel.about == (
+        "SFT: KL 0.0, gold score 0.50; ppo@4: KL 2.0, gold score 0.25; rloo@6: KL 1.0, gold score 0.75"
+    )
+
+
+def test_q_and_v_are_part_of_what_stands_for_a_given_run_of_ilql(tmp_path):
+    """Equal adapters and other heads decode to other answers; nor may a run without heads pass for one with."""
+    keys = []
+    for name, heads in (("one", b"1"), ("two", b"2"), ("same", b"1"), ("none", None)):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            (tmp_path / name / "adapter" / file).write_bytes(b"{}")
+        if heads is not None:
+            (tmp_path / name / "ilql").mkdir()
+            (tmp_path / name / "ilql" / "heads.safetensors").write_bytes(heads)
+        keys.append(adapters_.content_key("ilql", tmp_path / name))
+    assert len(set(keys)) == 3 and keys[0] == keys[2]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_a_run_that_is_there_lacks_is_said_before_another_is_trained(
+    runs, adapters, run_config, trained
+):
+    """RUN@3 is not kept, DPO has no Q, a policy comes twice: whether or not kto is still to be trained."""
+    ppo, dpo = runs / "ppo" / ("a" * 12), runs / "dpo" / ("d" * 12)
+
+    def problems_of(*texts: str) -> list[str]:
+        config = run_config("eval", eval=asked("sft", "kto", *texts))
+        parents = {"sft": Node("sft", None, given=adapters["sft"]), "ilql": Node("ilql", None, given=dpo)}
+        parents["kto"] = Node("kto", run_config("kto"), given=adapters["dropout"] if trained else None)
+        parents |= {f"compared_{place}": Node(f"compared_{place}", None, given=ppo) for place in (2, 3)}
+        node = Node("eval", config, parents)
+        plan = Plan(node, [*parents.values(), node], BaseFacts(Path("base"), "", "", "cpu"), config)
+        try:
+            compared_check.require(node, plan)
+        except InputError as error:
+            return error.problems
+        return []
+
+    assert problems_of(f"{ppo}@2") == []
+    (line,) = problems_of(f"{ppo}@3")
+    assert line == (f"eval.policies[2]={ppo}@3: step 3 was not kept (ppo.save_every); kept steps: 2, 4, 7")
+    (line,) = problems_of(f"{ppo}@2", "ilql:beta_4")
+    assert "ilql:beta_4: " in line and "holds no Q and V" in line
+    (line,) = problems_of(f"{ppo}@4", f"x={ppo}@4")
+    assert line.startswith("eval.policies names a policy twice, as ppo aaaaaa@4 and as x ")

@@ -196,7 +196,8 @@ def test_every_input_that_names_nothing_is_a_line(report, tmp_path, sweep):
 
 def test_inputs_are_required(report):
     code, _, (line,) = report()
-    assert (code, line) == (2, "error: inputs has no value")
+    assert code == 2
+    assert line.startswith("error: inputs has no value: What is compared: a folder with run folders")
 
 
 def test_help_knows_its_keys_and_no_model(capsys):
@@ -209,7 +210,7 @@ def test_help_knows_its_keys_and_no_model(capsys):
 # ---------------------------------------------------------------- MLflow
 
 
-def logged(tmp_path, folder: Path, name="exp") -> None:
+def logged(tmp_path, folder: Path, name="exp", parent: str | None = None) -> None:
     """What a run leaves in MLflow."""
     from rlhf_exp.schema import Tracking
     from rlhf_exp.store.listing import entry
@@ -218,10 +219,14 @@ def logged(tmp_path, folder: Path, name="exp") -> None:
 
     e = entry(folder)
     tags = {"stage": e.stage, "key": e.key, "folder": str(folder)}
-    tracker = open_tracker(Tracking(experiment=name), tmp_path / "out", f"{e.stage} {e.key[:6]}", tags)
+    tracker = open_tracker(
+        Tracking(experiment=name), tmp_path / "out", f"{e.stage} {e.key[:6]}", tags, parent
+    )
     tracker.params(read_config(e))
     for line in read_metrics(folder / "metrics.jsonl"):
         tracker.metrics({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+    if (folder / "eval.json").is_file():
+        tracker.artifact(folder / "eval.json")
     tracker.finish("FINISHED")
 
 
@@ -252,6 +257,67 @@ def test_an_mlflow_experiment_names_run_folders_and_holds_what_is_elsewhere(repo
     )
     kl_coefs = {row["run"]: row["ppo.kl_coef"] for row in rows(folder, "config")}
     assert kl_coefs[f"ppo/{key_of_gone[:12]}"] == "0.5"
+
+
+def several(root: Path) -> list[Path]:
+    """ppo, rloo and dpo from one sft, and the evaluation of them and of best-of-2."""
+    runs = [
+        write_ppo(root, [(0, 1, 0.25), (2, 2, 0.5)]),
+        write_ppo(root, [(0, 1, 0.25), (3, 2, 0.5)], ppo__estimator="rloo"),
+        write_run(root, "dpo"),
+    ]
+    parents = dict(zip(("ppo", "rloo", "dpo"), map(key, runs), strict=True))
+    folder = write_run(root, "eval", parents=parents, started=30)
+    policies = [
+        {"name": "sft", "step": 0, "role": "sft", "metrics": {"kl": 0.0, "gold": 0.25}},
+        {"name": "ppo@20", "step": 20, "role": "ppo", "metrics": {"kl": 2.0, "gold": 0.5}},
+        {"name": "rloo@20", "step": 20, "role": "rloo", "metrics": {"kl": 3.0, "gold": 0.75}},
+        {"name": "dpo", "step": None, "role": "dpo", "metrics": {"kl": 4.0, "gold": 0.375}},
+        {"name": "sft:best_of_2", "step": None, "role": "sft", "best_of": 2, "bounds": ["kl"]}
+        | {"run": "sft:best_of", "metrics": {"kl": 0.25, "gold": 0.625}},
+    ]
+    (folder / "eval.json").write_text(json.dumps({"policies": policies}))
+    lines = [{"step": i} | p["metrics"] for i, p in enumerate(policies, 1)]
+    for line, p in zip(lines, policies, strict=True):
+        line |= {} if p["step"] is None else {"policy_step": p["step"]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [*runs, folder]
+
+
+def test_policies_of_mlflow_alone_keep_their_names_and_bounds(report, tmp_path, monkeypatch):
+    from rlhf_exp.schema import Tracking
+    from rlhf_exp.tracking import open_tracker
+    from rlhf_exp.tracking.experiments import Experiment
+
+    def dots() -> list[dict[str, str]]:
+        """The newest report's points on held-out prompts that are not the start."""
+        assert report("inputs=exp")[::2] == (0, [])
+        newest = max(made(tmp_path), key=lambda folder: folder.stat().st_mtime_ns)
+        asked = ("heldout", "gold")
+        points = [row for row in rows(newest, "points") if (row["source"], row["objective"]) == asked]
+        return [row for row in points if float(row["kl"])]
+
+    parent = open_tracker(Tracking(experiment="exp"), tmp_path / "out", "all", {"stage": "pipeline"})
+    for folder in several(tmp_path / "outputs"):
+        logged(tmp_path, folder, parent=parent.run_id)
+    parent.finish("FINISHED")
+    shutil.rmtree(tmp_path / "outputs")
+    found = dots()
+    assert {
+        (row["run"].partition("/")[0], row["policy"], float(row["kl"]), row["kl_is"]) for row in found
+    } == {
+        ("ppo", "ppo@20", 2, "measured"),
+        ("ppo", "rloo@20", 3, "measured"),
+        ("dpo", "dpo", 4, "measured"),
+        ("eval", "sft:best_of_2", 0.25, "bound"),
+    }
+    assert len({row["run"] for row in found}) == 4
+    monkeypatch.setattr(
+        Experiment, "text", lambda *_: None
+    )  # artifacts that are gone: nobody is taken for sft
+    assert sorted((row["policy"], float(row["kl"])) for row in dots()) == [
+        ("policy", 0.25), ("policy", 4), ("step 20", 2), ("step 20", 3),
+    ]  # fmt: skip
 
 
 def test_an_experiment_without_policies_is_refused(report, tmp_path):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.schema import PPORun, Prefer, PreferRun, stage_of
+from rlhf_exp.schema import EvalRun, Evaluation, PPORun, Prefer, PreferRun, RewardSource, stage_of
 from rlhf_exp.stages import rounds
-from rlhf_exp.stages.nodes import Node
+from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.plan import ORDER
 
 
@@ -96,3 +96,30 @@ def test_ppo_starts_from_the_last_round_where_it_is_asked_to():
     assert rounds.roles("ppo", config, found, False) == ["start"]
     assert rounds.roles("ppo.1", config, found, False) == []
     assert rounds.roles("ppo", nodes(2)["ppo"].config, nodes(2), False) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "gold", "noted"),
+    [
+        (RewardSource(kind="function", function="sentiment"), "sentiment", "eval.gold=sentiment"),
+        (RewardSource(kind="function", function="sentiment"), "length", None),
+        (RewardSource(kind="sum", parts=["1*learned", "-0.01*length"]), "length", "eval.gold=length"),
+        (RewardSource(kind="sum", parts=["1*learned", "-0.01*length"]), "learned", None),  # another model
+        (RewardSource(), "learned", None),
+        (RewardSource(), "none", None),
+        (
+            RewardSource(kind="function", function="length", gold="length"),
+            "none",
+            "reward_source.gold=length",
+        ),
+    ],
+)
+def test_a_gold_that_is_the_reward_is_noted(source, gold, noted):
+    ppo = Node("ppo", PPORun(stage="ppo", reward_source=source))
+    evaluation = Node("eval", EvalRun(stage="eval", reward_source=source, eval=Evaluation(gold=gold)))
+    plan = Plan(evaluation, [ppo, evaluation], None, evaluation.config)
+    expected = (
+        f"note: {noted} is also the reward, or a part of it (reward_source), so that it cannot show whether the "
+        "policy games its reward: choose another gold"
+    )
+    assert list(rounds.lines(plan)) == ([expected] if noted else [])

@@ -1,20 +1,24 @@
-"""Processes that are the ranks of runs: started once for all tests, since importing everything takes ten seconds."""
+"""Processes that are the ranks of runs: forked once for all tests from one that has imported everything."""
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-WORKER = Path(__file__).with_name("worker.py")
+from tests.strategies import worker
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.strategies.preload"])
 # short runs of the tiny model in float32, on data of the package
 COMMON = (
     *("model=tiny", "model.dtype=float32", "tracking=none", "threads=1", "lora.r=4", "device=cpu"),
@@ -40,41 +44,62 @@ def environments(size: int) -> list[dict[str, str]]:
 
 
 class Ranks:
-    """Some living ranks."""
+    """Some living ranks; where one is gone, the next command finds new ones."""
 
     def __init__(self, size: int):
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for environment in environments(size)
-        ]
+        self.size = size
+        self.processes: list[BaseProcess] = []
+        self.links: list[Connection] = []
 
-    def run(self, cwd: Path, argv: Sequence[str], stop: dict[int, int] | None = None) -> list[dict[str, Any]]:
-        """Run a command on all ranks; stop: rank -> step after which it is asked to stop. Their answers."""
-        for rank, process in enumerate(self.processes):
-            asked = {"cwd": str(cwd), "argv": list(argv), "stop": (stop or {}).get(rank)}
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-        answers = []
-        for process in self.processes:
-            line = process.stdout.readline()
-            assert line, f"a rank is gone: {process.wait(10)}"
-            answers.append(json.loads(line))
+    def start(self) -> None:
+        for environment in environments(self.size):
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=worker.serve, args=(theirs, environment), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.links.append(ours)
+
+    def run(
+        self,
+        cwd: Path | Sequence[Path],
+        argv: Sequence[str],
+        stop: dict[int, int] | None = None,
+        apart: Sequence[Sequence[str]] = (),
+        gradients: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run a command on all ranks. Their answers.
+
+        cwd: of all, or of each. stop: rank -> step after which it is asked to stop. apart: words of each rank alone.
+        gradients: the file that each writes into cwd, with the rank in front.
+        """
+        if not self.links:
+            self.start()
+        for rank, link in enumerate(self.links):
+            place = cwd if isinstance(cwd, Path) else cwd[rank]
+            asked = {"cwd": str(place), "argv": [*argv, *(apart[rank] if apart else ())]}
+            asked["stop"] = (stop or {}).get(rank)
+            asked["gradients"] = gradients and str(place / f"{rank}_{gradients}")
+            link.send(asked)
+        answers: list[dict[str, Any] | None] = []
+        for link in self.links:
+            try:
+                answers.append(link.recv())
+            except EOFError:
+                answers.append(None)
+        if not all(answer and answer["code"] in ENDS for answer in answers):
+            self.close()
+        gone = [rank for rank, answer in enumerate(answers) if answer is None]
+        assert not gone, f"ranks {gone} are gone; the others: {[each['err'] for each in answers if each]}"
         return answers
 
     def close(self) -> None:
+        for link in self.links:
+            link.close()
         for process in self.processes:
-            process.stdin.close()
-        for process in self.processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.join(20)
+            process.kill()
+        self.processes, self.links = [], []
 
 
 def _ranks(size: int) -> Iterator[Ranks]:
@@ -101,7 +126,9 @@ def four() -> Iterator[Ranks]:
 
 # ---------------------------------------------------------------- runs
 
+ENDS = (0, 2, 75)  # exit codes after which the ranks are still together
 TOLERANCE = 1e-5
+WITHOUT_WEIGHTS = ("prefer", "probe", "eval")  # stages that train nothing
 TRAIN = ("train.steps=5", "train.batch_size=8")
 ANSWERS = ("adapters.sft=base", "reward_source=length", "generation.max_new_tokens=12")
 STAGES = {
@@ -110,6 +137,7 @@ STAGES = {
     "dpo": ("stage=dpo", *TRAIN, "adapters.sft=base", "train.micro_batch_size=4"),
     "kto": ("stage=kto", *TRAIN, "adapters.sft=base", "train.micro_batch_size=4"),
     "ilql": ("stage=ilql", *TRAIN, *ANSWERS, "train.micro_batch_size=4", "ilql.eval_prompts=4"),
+    "rft": ("stage=rft", *TRAIN, *ANSWERS, "train.micro_batch_size=2", "rft.samples=2", "rft.prompts=8"),
     "ppo": (
         *("stage=ppo", *ANSWERS, "ppo.steps=2", "ppo.batch_size=8", "ppo.minibatches=2", "ppo.epochs=2"),
         *("ppo.micro_batch_size=2", "generation.top_k=20", "ppo.save_every=1"),
@@ -131,25 +159,37 @@ def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("strategies")
 
 
+class Trained(NamedTuple):
+    """A stage's run folder; of each rank the file with the gradients of every step, and what it has sent."""
+
+    folder: Path
+    gradients: list[Path]
+    sent: list[dict[str, int]]
+
+
 @pytest.fixture(scope="session")
 def alone(one, runs):
-    """stage -> the run folder of one process; made once."""
-    made: dict[str, Path] = {}
+    """(stage, words) -> what one process makes of it; made once."""
+    made: dict[tuple[str, ...], Trained] = {}
 
-    def run(stage: str) -> Path:
-        if stage not in made:
-            made[stage] = done(one, runs, "alone", stage, ())
-        return made[stage]
+    def run(stage: str, *words: str) -> Trained:
+        key = (stage, *words)
+        if key not in made:
+            made[key] = done(one, runs, f"alone{len(made)}", stage, words)
+        return made[key]
 
     return run
 
 
-def done(ranks, runs: Path, name: str, stage: str, words) -> Path:
-    """The run folder of a stage that these ranks have trained."""
-    answers = ranks.run(runs, [*STAGES[stage], *COMMON, f"output_dir={name}", *words])
+def done(ranks, runs: Path, name: str, stage: str, words: Sequence[str]) -> Trained:
+    """What these ranks have made of a stage."""
+    gradients = f"{name}_{stage}.safetensors"
+    argv = [*STAGES[stage], *COMMON, f"output_dir={name}", *words]
+    answers = ranks.run(runs, argv, gradients=gradients)
     assert [answer["code"] for answer in answers] == [0] * len(answers), answers[0]["err"]
     (record,) = (runs / name / stage).glob("*/run.json")
-    return record.parent
+    files = [runs / f"{rank}_{gradients}" for rank in range(len(answers))]
+    return Trained(record.parent, files, [answer["sent"] for answer in answers])
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -160,26 +200,47 @@ def figures(folder: Path) -> list[dict[str, float]]:
     return [{name: x for name, x in row.items() if not name.startswith(timed)} for row in rows]
 
 
-def require_same(folder: Path, other: Path) -> None:
-    from safetensors.torch import load_file
+def require_same(trained: Trained, other: Trained, left_out: Sequence[str] = ()) -> None:
+    """Figures, answers, published weights, and the gradients of each step on each rank."""
+    require_same_run(trained.folder, other.folder, left_out)
+    (wanted,) = trained.gradients
+    for file in other.gradients:
+        require_close(wanted, file)
 
+
+def require_same_run(folder: Path, other: Path, left_out: Sequence[str] = ()) -> None:
+    """left_out: figures that may differ."""
     ours, theirs = figures(folder), figures(other)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     apart = [
         (i, name, x, theirs[i][name])
         for i, row in enumerate(ours)
         for name, x in row.items()
-        if x != theirs[i][name] and not math.isclose(x, theirs[i][name], rel_tol=1e-4, abs_tol=TOLERANCE)
+        if x != theirs[i][name] and not math.isclose(x, theirs[i][name], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     ]
-    assert not apart
+    assert not [each for each in apart if each[1] not in left_out]
     files = {file.relative_to(folder) for file in folder.rglob("*.safetensors")}
     assert files == {file.relative_to(other) for file in other.rglob("*.safetensors")}
-    assert files
+    assert files or folder.parent.name in WITHOUT_WEIGHTS
     for file in files:
-        one, two = load_file(folder / file), load_file(other / file)
-        assert one.keys() == two.keys()
-        for name in one:
-            assert float((one[name] - two[name]).abs().max()) <= TOLERANCE, (file, name)
-    samples = [(path / "samples.jsonl").read_text() for path in (folder, other)]
-    texts = [[json.loads(line).get("response") for line in text.splitlines()] for text in samples]
-    assert texts[0] == texts[1]
+        require_close(folder / file, other / file)
+    for name in ("samples.jsonl", "comparisons.jsonl"):
+        texts = [texts_of(path / name) for path in (folder, other)]
+        assert texts[0] == texts[1]
+
+
+def texts_of(file: Path) -> list[list[str]]:
+    """The texts in each line of a file that may not be there."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [[x for x in json.loads(line).values() if isinstance(x, str)] for line in lines]
+
+
+def require_close(file: Path, other: Path) -> None:
+    """Tensors of the same names, each within the tolerance."""
+    from safetensors.torch import load_file
+
+    one, two = load_file(file), load_file(other)
+    assert one.keys() == two.keys()
+    assert one
+    for name in one:
+        assert float((one[name] - two[name]).abs().max()) <= TOLERANCE, (other, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from rlhf_exp import distributed
-from rlhf_exp.distributed import Place
+from rlhf_exp.distributed import Place, exchange, identity
 from rlhf_exp.errors import InputError
 from rlhf_exp.strategies import moments
 
@@ -14,9 +16,9 @@ SOUND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a", 
 
 
 def test_the_environment_says_who_it_is():
-    assert distributed._read(SOUND) == Place(1, 4, 0)
-    assert distributed._read({}) == Place(0, 1, 0)
-    assert distributed._read({"WORLD_SIZE": "1", "RANK": "0"}) == Place(0, 1, 0)
+    assert identity._read(SOUND) == Place(1, 4, 0)
+    assert identity._read({}) == Place(0, 1, 0)
+    assert identity._read({"WORLD_SIZE": "1", "RANK": "0"}) == Place(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -25,15 +27,29 @@ def test_the_environment_says_who_it_is():
         ({"RANK": "", "MASTER_PORT": ""}, "says WORLD_SIZE=4, but not RANK, MASTER_PORT"),
         ({"RANK": "4"}, "RANK=4 is not one of WORLD_SIZE=4 ranks"),
         ({"RANK": "one"}, "must be whole numbers"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port that ranks could meet at: torchrun --standalone"),
     ],
 )
 def test_half_an_environment_is_refused(changes, said):
     with pytest.raises(InputError, match=said):
-        distributed._read(SOUND | changes)
+        identity._read(SOUND | changes)
+
+
+def test_a_library_sees_what_the_launcher_gave_and_nobody_else_does(monkeypatch):
+    monkeypatch.setattr(identity, "_place", None)
+    monkeypatch.setattr(identity, "_taken", {})
+    for key, value in SOUND.items():
+        monkeypatch.setenv(key, value)
+    identity.take()
+    assert "WORLD_SIZE" not in os.environ
+    assert "LOCAL_RANK" not in os.environ
+    with distributed.environment():
+        assert {key: os.environ[key] for key in SOUND} == SOUND
+    assert "WORLD_SIZE" not in os.environ
 
 
 def of(rank: int, size: int, monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "_place", Place(rank, size, rank))
+    monkeypatch.setattr(identity, "_place", Place(rank, size, rank))
 
 
 def pairs(hand):
@@ -81,9 +97,9 @@ def test_errors_of_several_ranks_are_told_once():
         ([attempt("a"), attempt("b")], ["a", "rank 1: b"]),
     ):
         with pytest.raises(InputError) as caught:
-            distributed._unwrap(found)
+            exchange._unwrap(found)
         assert caught.value.problems == told
-    assert distributed._unwrap([attempt(), attempt()]) == 1
+    assert exchange._unwrap([attempt(), attempt()]) == 1
 
 
 def test_moments_of_any_number_of_shards_are_those_of_adamw(tmp_path):

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.strategies.conftest import COMMON, STAGES, environments, require_same
+from tests.strategies.conftest import COMMON, STAGES, STRATEGIES, environments, require_same_run
 
 COMMAND = (sys.executable, "-m", "rlhf_exp")
 
 
-def started(size: int, argv: Sequence[str], apart: Sequence[Sequence[str]] = ()) -> list[subprocess.Popen]:
-    """The ranks of a command, each with words of its own; in the current folder."""
+def started(size: int, argv: Sequence[str]) -> list[subprocess.Popen]:
+    """The ranks of a command, in the current folder."""
     return [
         subprocess.Popen(
-            [*COMMAND, *argv, *(apart[rank] if apart else ())],
+            [*COMMAND, *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for rank, environment in enumerate(environments(size))
+        for environment in environments(size)
     ]
 
 
@@ -44,50 +46,77 @@ def ended(processes: Sequence[subprocess.Popen], seconds: float) -> tuple[list[i
     return [process.returncode for process in processes], lines
 
 
+def refused(ranks, cwd, argv: Sequence[str], apart: Sequence[Sequence[str]] = ()) -> list[str]:
+    """The error lines of a command that all ranks end with as bad input; rank 0 alone says them."""
+    answers = ranks.run(cwd, argv, apart=apart)
+    assert [answer["code"] for answer in answers] == [2] * len(answers), [each["err"] for each in answers]
+    assert [answer["err"] for answer in answers[1:]] == [""] * (len(answers) - 1)
+    return answers[0]["err"].splitlines()
+
+
 @pytest.mark.timeout(300)
-def test_a_rank_with_another_config_ends_all():
+def test_a_rank_with_another_config_ends_all(two, tmp_path):
     argv = [*STAGES["sft"], *COMMON, "strategy=ddp"]
-    codes, lines = ended(started(2, argv, [["seed=1"], ["seed=2"]]), 200)
-    assert codes == [2, 2]
-    assert lines == [
+    assert refused(two, tmp_path, argv, [["seed=1"], ["seed=2"]]) == [
         "error: rank 1 has another config than rank 0: seed=2, rank 0 has 1: start all ranks with the same command"
     ]
 
 
 @pytest.mark.timeout(300)
-def test_a_rank_that_sees_other_data_ends_all(tmp_path):
+def test_a_rank_that_sees_other_data_ends_all(two, tmp_path):
     """The same path, another file: what a disk that is not shared looks like."""
-    for rank in range(2):
-        (tmp_path / f"node{rank}").mkdir()
+    places = [tmp_path / f"node{rank}" for rank in range(2)]
+    for rank, place in enumerate(places):
+        place.mkdir()
         rows = [{"prompt": f"Say {i}", "response": f"{i} {rank}"} for i in range(40)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"node{rank}" / "rows.jsonl").write_text(text)
+        (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = [*STAGES["sft"], *COMMON, "strategy=ddp", "dataset=jsonl"]
     argv += ["dataset.views.demonstrations=rows.jsonl", f"output_dir={tmp_path / 'outputs'}"]
-    processes = []
-    for rank, environment in enumerate(environments(2)):
-        processes.append(
-            subprocess.Popen(
-                [*COMMAND, *argv],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-                cwd=tmp_path / f"node{rank}",
-            )
-        )
-    codes, lines = ended(processes, 200)
-    assert codes == [2, 2]
-    (line,) = lines
+    (line,) = refused(two, places, argv)
     assert line.startswith("error: rank 1 sees other demonstrations of dataset jsonl (")
 
 
 @pytest.mark.timeout(300)
-def test_one_typo_is_told_once():
-    codes, lines = ended(started(2, ["stage=sft", "train.stepz=5", "strategy=ddp"]), 200)
-    assert codes == [2, 2]
-    (line,) = lines
-    assert "train.stepz" in line
+def test_a_rank_with_a_disk_of_its_own_ends_all(two, tmp_path):
+    """The run is there for rank 0 alone."""
+    places = [tmp_path / f"node{rank}" for rank in range(2)]
+    for place in places:
+        place.mkdir()
+    argv = [*STAGES["sft"], *COMMON, "train.steps=1"]
+    argv.remove("train.steps=5")
+    assert [answer["code"] for answer in two.run(places[0], [*argv, "strategy=ddp"])] == [0, 0]
+    (line,) = refused(two, places, [*argv, "strategy=zero2"])
+    assert line.startswith(
+        "error: rank 1 sees the run of sft in another state: output_dir must be on a disk that"
+    )
+
+
+NVME = "strategy.deepspeed.zero_optimization.offload_param={device: nvme, nvme_path: /proc/shards}"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("strategy=ddp", "train.stepz=5"), "train.stepz"),
+        (("strategy=single",), "2 processes were started as ranks of one run, but strategy=single"),
+        (
+            ("strategy=zero2", "strategy.deepspeed.gradient_accumulation_steps=2"),
+            "micro 8 x accumulation 2 x ranks 2 = 32, train.batch_size says 8",
+        ),
+        (
+            ("strategy=ddp", "train.batch_size=1", "train.micro_batch_size=1"),
+            "sft: 2 ranks, but 1 row in a batch (train.batch_size): each rank needs one",
+        ),
+        (("strategy=zero1", "strategy.deepspeed.gradient_clipping=0.5"), "contradicts optim.max_grad_norm=1"),
+        (("strategy=zero3_offload", NVME), "nvme_path=/proc/shards cannot be written"),
+    ],
+)
+def test_bad_input_is_told_once_and_ends_all(words, said, two, tmp_path):
+    (line,) = refused(two, tmp_path, [*STAGES["sft"], *COMMON, *words])
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "outputs" / "sft").exists()
 
 
 def checkpointed(folder: Path, seconds: float = 200) -> Path:
@@ -101,11 +130,18 @@ def checkpointed(folder: Path, seconds: float = 200) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_the_run_goes_on(victim, one):
+@pytest.mark.parametrize(
+    ("victim", "strategy"),
+    [
+        (1, "ddp"),
+        pytest.param(0, "ddp", marks=pytest.mark.long),
+        pytest.param(1, "zero3", marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_rank_ends_all_and_the_run_goes_on(victim, strategy, one):
     argv = [word for word in (*STAGES["ppo"], *COMMON) if not word.startswith(("ppo.steps", "checkpoint"))]
-    argv += ["checkpoint_every=1", "ppo.steps=200", "strategy=ddp"]
-    processes = started(2, argv)
+    argv += ["checkpoint_every=1", "ppo.steps=200"]
+    processes = started(2, [*argv, *STRATEGIES[strategy]])
     checkpointed(Path("outputs/ppo"))
     processes[victim].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -116,44 +152,69 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(victim, one):
     (line,) = lines
     assert f"rank {victim} on" in line
     assert "is gone without a word" in line
-    argv[-1] = "strategy=single"
-    (answer,) = one.run(Path.cwd(), argv, stop={0: 1})
+    (answer,) = one.run(Path.cwd(), [*argv, "strategy=single"], stop={0: 1})
     assert answer["code"] == 75, answer["err"]
     assert "continued from step" in answer["out"]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_torchrun_starts_it(strategy):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    argv = [*STAGES["sft"], *COMMON, f"strategy={strategy}"]
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_torchrun_starts_it_and_nothing_is_compiled(strategy, tmp_path, monkeypatch):
+    """No compiler is to be found; rank 0 alone speaks, writes, and talks to MLflow."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = [word for word in (*STAGES["ppo"], *COMMON) if word != "tracking=none"]
+    argv += ["tracking=mlflow", *STRATEGIES[strategy]]
     done = subprocess.run([*torchrun, "-m", "rlhf_exp", *argv], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    (record,) = Path("outputs/sft").glob("*/run.json")
-    assert json.loads(record.read_text())["status"] == "FINISHED"
-    assert done.stdout.count("done in") == 1  # rank 0 alone speaks
+    (record,) = Path("outputs/ppo").glob("*/run.json")
+    found = json.loads(record.read_text())
+    assert found["status"] == "FINISHED"
+    assert done.stdout.count("done in") == 1
+    assert not (tmp_path / "compiled").exists()
+    with closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as database:
+        assert database.execute("SELECT run_uuid, status FROM runs").fetchall() == [
+            (found["mlflow_run_id"], "FINISHED")
+        ]
+        steps = "SELECT COUNT(*), COUNT(DISTINCT step) FROM metrics WHERE key = 'objective/scores'"
+        assert database.execute(steps).fetchall() == [(2, 2)]
+
+
+RANKS = {"single": 1, "ddp": 2, "zero1": 4, "zero2": 2, "zero3": 2}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", ["ppo", "sft"])
-@pytest.mark.parametrize("before", ["zero2", "single"])
-def test_a_run_goes_on_with_another_number_of_ranks(before, stage, one, two, alone, runs):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("zero2", "single"),
+        ("single", "zero2"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.long)
+            for pair in (("zero3", "zero1"), ("zero1", "zero3"), ("ddp", "zero1"), ("zero1", "ddp"))
+        ),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(stage, before, after, request, alone, runs):
     """One rank alone is asked to stop, all stop after that step; moments come out of as many shards as there were."""
-    first, then = (two, one) if before == "zero2" else (one, two)
-    after = "single" if before == "zero2" else "zero2"
-    name = f"resumed_{before}"
+    names = {1: "one", 2: "two", 4: "four"}
+    first, then = (request.getfixturevalue(names[RANKS[strategy]]) for strategy in (before, after))
+    name = f"resumed_{before}_{after}"
     argv = [*STAGES[stage], *COMMON, f"output_dir={name}", "checkpoint_every=100"]
     argv.remove("checkpoint_every=2")
-    stop = {len(first.processes) - 1: 1}
-    answers = first.run(runs, [*argv, f"strategy={before}"], stop=stop)
+    stop = {first.size - 1: 1}
+    answers = first.run(runs, [*argv, *STRATEGIES.get(before, ())], stop=stop)
     assert [answer["code"] for answer in answers] == [75] * len(answers), answers[0]["err"]
     (state,) = (runs / name / stage).glob("*/state/step_00001")
     files = sorted(path.name for path in state.glob("optimizer*"))
-    ranks = ["optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"]
-    assert files == (ranks if before == "zero2" else [])
-    answers = then.run(runs, [*argv, f"strategy={after}"])
+    size = len(answers)
+    parts = [f"optimizer-{rank:05d}-of-{size:05d}.safetensors" for rank in range(size)]
+    assert files == (parts if before.startswith("zero") else [])
+    answers = then.run(runs, [*argv, *STRATEGIES.get(after, ())])
     assert [answer["code"] for answer in answers] == [0] * len(answers), answers[0]["err"]
     assert "continued from step 1" in answers[0]["out"]
     (record,) = (runs / name / stage).glob("*/run.json")
-    require_same(alone(stage), record.parent)
+    require_same_run(alone(stage).folder, record.parent)

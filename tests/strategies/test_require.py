@@ -40,6 +40,14 @@ def test_micro_times_accumulation_times_ranks_is_the_batch():
     assert problems(*words, ranks=4) == []
 
 
+def test_a_micro_batch_that_is_found_out_later():
+    words = ("strategy=zero2", "ppo.micro_batch_size=0", f"{Z}.gradient_accumulation_steps=2")
+    assert problems(*words) == [
+        "strategy.deepspeed.gradient_accumulation_steps says how a batch is cut, which ppo.micro_batch_size=0 finds "
+        "out: leave one of them out"
+    ]
+
+
 def test_a_minibatch_is_what_a_step_takes():
     words = (
         "strategy=zero2",
@@ -124,6 +132,17 @@ def test_offload_to_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     (line,) = offload(tmp_path / "file" / "shards")
     assert line.endswith(f"cannot be written: {tmp_path / 'file'} is no folder")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_offload_to_a_disk_needs_an_op_that_is_compiled(there, tmp_path, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: there)
+    said = f"{Z}.zero_optimization.offload_param.device=nvme needs DeepSpeed's async_io, which cannot be built here"
+    found = offload(tmp_path)
+    assert len(found) == (not there)
+    assert all(line.startswith(said) for line in found)
 
 
 def offload(folder) -> list[str]:

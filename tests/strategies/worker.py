@@ -1,22 +1,26 @@
-"""A rank that runs one command after another, so that imports are paid for once: a JSON object a line.
+"""A rank that runs one command after another. All are forks of one process that has imported everything (preload.py).
 
-{"cwd", "argv", "stop"}: stop=n has this rank asked by SIGTERM, as it seems, after step n of a stage. Answers with a
-line for each: {"code", "out", "err"}. Its own stdin and stdout are the channel.
+Asked by a dict: cwd, argv, stop=n (this rank is asked by SIGTERM, as it seems, after step n of a stage), gradients (a
+file for what every optimiser step is made of). Answers with a dict: code, out, err, sent (travels.py).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import itertools
-import json
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from unittest import mock
+
+from tests.strategies import travels
 
 
 @contextlib.contextmanager
-def asked_after(step: int | None):
+def asked_after(step: int | None) -> Iterator[None]:
     from rlhf_exp.stages import signals
 
     looked, real = itertools.count(1), signals.asked
@@ -27,24 +31,56 @@ def asked_after(step: int | None):
         yield
 
 
-def main() -> None:
-    with open(os.devnull, "w") as nowhere:
-        channel, sys.stdout = sys.stdout, nowhere  # what others print must not get between the answers
-        from rlhf_exp.cli import main as command
+@contextlib.contextmanager
+def gradients_in(file: str | None, sharded: bool) -> Iterator[None]:
+    """Write the gradients with which the trained weights' optimiser is asked to step: "<step>.<weight>"."""
+    if file is None:
+        yield
+        return
+    from safetensors.torch import save_file
+    from torch.optim import AdamW
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-        for line in sys.stdin:
-            asked = json.loads(line)
-            os.chdir(asked["cwd"])
-            out, err = io.StringIO(), io.StringIO()
-            with (
-                asked_after(asked["stop"]),
-                contextlib.redirect_stdout(out),
-                contextlib.redirect_stderr(err),
-            ):
-                code = command(asked["argv"])
-            channel.write(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}) + "\n")
-            channel.flush()
+    found, steps = {}, itertools.count()
+
+    def look(optimizer, *_):
+        # the strategy's own, or torch's; not the one that DeepSpeed steps a shard with
+        if type(optimizer) is not AdamW or not sharded:
+            step = next(steps)
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            found.update({f"{step}.{i}": p.grad.clone() for i, p in enumerate(weights) if p.grad is not None})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+        save_file(found, file)
 
 
-if __name__ == "__main__":
-    main()
+def serve(link: Connection, environment: Mapping[str, str]) -> None:
+    """What a rank does until its link is closed."""
+    from rlhf_exp.cli import main
+
+    os.environ.update(environment)
+    # what others print must not get between the lines of pytest
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.suppress(EOFError):
+        while True:
+            link.send(answer(main, link.recv()))
+    atexit._run_exitfuncs()  # a process of multiprocessing leaves them out
+
+
+def answer(main, asked: Mapping) -> dict:
+    os.chdir(asked["cwd"])
+    travels.sent.clear()
+    out, err = io.StringIO(), io.StringIO()
+    sharded = any("strategy=zero" in word for word in asked["argv"])
+    with (
+        asked_after(asked["stop"]),
+        gradients_in(asked["gradients"], sharded),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main(asked["argv"])
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "sent": dict(travels.sent)}

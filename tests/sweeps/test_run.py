@@ -182,6 +182,97 @@ def test_where_trials_are_is_not_for_users_to_say(call, pipeline):
     assert (code, err) == (2, ["error: hydra.sweep.subdir: leave it out, the folders of trials are numbered"])
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ["hydra/launcher=local_pool", "hydra.launcher.workers=0"],
+            "hydra.launcher.workers must be at least 1, got 0",
+        ),
+        (
+            ["hydra/launcher=local_pool", "hydra.launcher.grace_seconds=-1"],
+            "hydra.launcher.grace_seconds must be at least 0, got -1.0",
+        ),
+        (
+            ["hydra/launcher=local_pool", "hydra.launcher.devices=[0,0]"],
+            "hydra.launcher.devices: name each once, got 0, 0",
+        ),
+        (
+            ["hydra/launcher=slurm", "hydra.launcher.nodes=0"],
+            "hydra.launcher.nodes must be at least 1, got 0",
+        ),
+        (
+            ["hydra/launcher=slurm", "hydra.launcher.time=1"],
+            "hydra.launcher.time=1 is over before the job is asked to save, hydra.launcher.signal_delay_s=120 "
+            "seconds before its end",
+        ),
+    ],
+)
+def test_a_launcher_is_asked_before_anything_is_made(call, pipeline, words, problem):
+    for more in ((), ("dry_run=true",)):
+        assert call(*WORDS, "seed=0,1", HERE, *words, *more)[::2] == (2, [f"error: {problem}"])
+        assert os.listdir() == []
+
+
+SECRET = "https://me:s3cret@mlflow.example.org"
+
+
+@pytest.mark.parametrize("place", ["the command line", "a file"])
+def test_no_file_has_the_password_of_a_tracking_server(call, pipeline, monkeypatch, tmp_path, place):
+    """The trials have it from the environment, and so has a sweep that is resumed."""
+    from rlhf_exp.schema import Tracking
+    from rlhf_exp.tracking import tracking_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere.example.org")
+    seen, words = [], [f"tracking.uri={SECRET}"]
+    pipeline.then = lambda config: seen.append((config.tracking.uri, os.environ["MLFLOW_TRACKING_URI"]))
+    if place == "a file":
+        more = tmp_path / "more" / "experiment" / "ours.yaml"
+        more.parent.mkdir(parents=True)
+        text = f"# @package _global_\n# Ours.\ntracking: {{uri: '{SECRET}'}}\n"
+        more.write_text(text)
+        words = ["experiment=ours", "--config-dir", str(tmp_path / "more")]
+    code, out, err = call(*WORDS, "seed=0,1", HERE, *words)
+    assert (code, err) == (0, [])
+    masked = "https://me:***@mlflow.example.org"
+    assert seen == [(masked, SECRET)] * 2
+    place = Path("sweep")
+    files = [path for path in place.rglob("*") if path.is_file() and "code" not in path.parts]
+    assert {path.name for path in files} >= {"sweep.json", "trial.yaml", "ledger.jsonl", "multirun.yaml"}
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
+    assert "s3cret" not in out
+    assert any(masked.encode() in path.read_bytes() for path in files)
+    # to go on
+    assert tracking_uri(Tracking(uri=masked), "out") == SECRET
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cret@elsewhere.example.org")
+    with pytest.raises(
+        InputError, match=r"tracking.uri=https://me:\*\*\*@mlflow.example.org: passwords are not kept"
+    ):
+        tracking_uri(Tracking(uri=masked), "out")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
+    assert call(*WORDS, "seed=0,1,2", HERE, *words)[0] == 0
+    assert len(seen) == 3
+
+
+def test_no_file_has_the_password_of_a_study(monkeypatch):
+    """Of hydra.sweeper.storage: in the overrides that Hydra and optuna write down, and in the command."""
+    pytest.importorskip("optuna")
+    from rlhf_exp.store.frozen import with_password
+    from rlhf_exp.sweeps import passwords, plan
+
+    monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///other.db")
+    storage = "hydra.sweeper.storage=postgresql://me:s3cret@db.example.org/studies"
+    given = ["stage=ppo", "hydra/sweeper=optuna", storage, "ppo.kl_coef=interval(0.1, 1)"]
+    with compose.session():
+        found, words = passwords.kept_out(plan.plan(given), given)
+        masked = found.config.hydra.sweeper.storage
+    assert masked == "postgresql://me:***@db.example.org/studies"
+    assert "s3cret" not in " ".join([*found.overrides, *words])
+    assert f"hydra.sweeper.storage='{masked}'" in found.overrides
+    whole = with_password(masked, "hydra.sweeper.storage", passwords.STORAGE)
+    assert whole == "postgresql://me:s3cret@db.example.org/studies"
+
+
 def test_a_folder_with_blanks_and_quotes(call, pipeline):
     place = "a sweep, it's=[mine]"
     assert call(*WORDS, "seed=0,1", f'hydra.sweep.dir="{place}"')[0] == 0

@@ -65,6 +65,42 @@ def test_markdown(sweep):
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["0.05085250751312762", "0.02906119971275205"], ["0.05085", "0.02906"]),
+        (["5.363012215224091e-05", "1e-3", "0.1"], ["5.363e-05", "1e-3", "0.1"]),
+        (["0.123451", "0.123459", "0.1"], ["0.123451", "0.123459", "0.1"]),  # four digits would make them one
+        (["0.12345678901", "0.12345678999"], ["0.123456789", "0.12345679"]),
+        (["123456789012", "7"], ["123456789012", "7"]),  # a seed
+        (["python:scores.a_long_name", "length", "-"], ["python:scores.a_long_name", "length", "-"]),
+    ],
+)
+def test_numbers_are_rounded_and_never_made_equal(values, shown):
+    assert table.shortened(values) == shown
+
+
+def test_a_narrow_terminal_breaks_no_number(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    for number, coef in enumerate(("0.05085250751312762", "0.02906119971275205")):
+        lines = [f"ppo.kl_coef={coef}", f"reward_source.function=python:scores.a_very_long_name_{number}"]
+        ledger.append(tmp_path, "trial", number=number, overrides=lines)
+        ledger.append(tmp_path, "ended", number=number, seconds=61.0, **DONE | {"objective": -0.123456789})
+    console = Console(file=StringIO(), width=64)
+    console.print(table.terminal(table.rows(tmp_path)))
+    shown = console.file.getvalue()
+    assert all(shown.count(whole) == 1 for whole in ("0.05085", "0.02906"))
+    assert shown.count("-0.1235") == shown.count("1:01") == 2
+    assert max(map(len, shown.splitlines())) <= 64
+    console = Console(file=StringIO(), width=40)
+    console.print(table.terminal(table.rows(tmp_path)))
+    assert "0.05085" in console.file.getvalue() or "…" in console.file.getvalue()
+    assert "| 0.05085 |" in table.markdown(table.rows(tmp_path))
+
+
 def test_a_page_keeps_its_own_text_and_has_the_table_and_a_picture(sweep, tmp_path):
     place = tmp_path / "kl.md"
     place.write_text(f"# Mine\n\n{page.BEGIN}\nearlier text\n{page.END}\n\nafter\n")

@@ -174,6 +174,25 @@ def test_as_a_command(pipeline, then, code, tmp_path, monkeypatch):
     assert places == [tmp_path], "relative paths are from where the sweep was started"
 
 
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "16"}, "16"),
+        # SLURM gives each task of an array a number of its own, which nobody has seen
+        ({"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0"}, "17_0"),
+    ],
+)
+def test_the_job_as_the_ledger_counts(pipeline, monkeypatch, variables, job):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    folder, *_ = written()
+    trial.run(folder)
+    assert ledger.read(folder.parent)[1]["job"] == ledger.states(folder.parent)[0].job == job
+
+
 def test_a_folder_that_is_no_trial(tmp_path, capsys):
     assert trial.main([str(tmp_path)]) == 2
     assert trial.main([]) == 2

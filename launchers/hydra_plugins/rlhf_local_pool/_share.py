@@ -42,6 +42,19 @@ def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
+def problems(per_trial: int, workers: int | None, threads: int | None, devices: Sequence[str]) -> list[str]:
+    """What no machine could give, a line each."""
+    given = {"devices_per_trial": (per_trial, 1), "workers": (workers, 1), "threads": (threads, 0)}
+    found = [
+        f"hydra.launcher.{name} must be at least {least}, got {value}"
+        for name, (value, least) in given.items()
+        if value is not None and value < least
+    ]
+    if len(set(devices)) < len(devices):
+        found.append(f"hydra.launcher.devices: name each once, got {', '.join(devices)}")
+    return found
+
+
 def deal(
     jobs: int,
     *,
@@ -56,12 +69,8 @@ def deal(
     threads 0: the cores are divided. Without devices nor a number of workers or threads, each trial has one thread at
     least and the trials as many as there are. Raises InputError where a trial would have too few devices.
     """
-    if per_trial < 1:
-        raise InputError(f"hydra.launcher.devices_per_trial must be at least 1, got {per_trial}")
-    if workers is not None and workers < 1:
-        raise InputError(f"hydra.launcher.workers must be at least 1, got {workers}")
-    if len(set(devices)) < len(devices):
-        raise InputError(f"hydra.launcher.devices: name each once, got {', '.join(devices)}")
+    if wrong := problems(per_trial, workers, threads, devices):
+        raise InputError(wrong)
     groups: list[tuple[str, ...]] = []
     if devices:
         whole = len(devices) // per_trial * per_trial

@@ -50,6 +50,14 @@ class LocalPool(Launcher):
         self.task_function: TaskFunction | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises InputError for settings that cannot be."""
+        from hydra_plugins.rlhf_local_pool import _share
+
+        wrong = _share.problems(self.devices_per_trial, self.workers, self.threads, self.devices or ())
+        if self.grace_seconds < 0:
+            wrong.append(f"hydra.launcher.grace_seconds must be at least 0, got {self.grace_seconds}")
+        if wrong:
+            raise InputError(wrong)
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
     @property

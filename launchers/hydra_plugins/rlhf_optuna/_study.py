@@ -24,6 +24,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlhf_exp.errors import InputError
+from rlhf_exp.store.frozen import with_password
+from rlhf_exp.sweeps.passwords import STORAGE
 
 FILE = "study.db"
 # what we note of a trial, and of the study
@@ -58,7 +60,7 @@ class Study:
         self.sweep, self.space, self.objectives = Path(sweep).absolute(), space, list(objectives)
         self._sampler = dict(sampler)
         self._own = storage is None  # every trial in it is of this sweep
-        self.storage = storage or f"sqlite:///{self.sweep / FILE}"
+        self.storage = storage or f"sqlite:///{self.sweep / FILE}"  # without a password
         self.study = optuna.create_study(
             study_name=name or self.sweep.name,
             storage=_open(self.storage),
@@ -190,6 +192,7 @@ def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _open(url: str) -> Any:
+    url = with_password(url, "hydra.sweeper.storage", STORAGE)
     if not url.startswith("sqlite"):
         return url
     return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT_SECONDS}})

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_exp.errors import InputError
 
 if TYPE_CHECKING:
+    from hydra_plugins.rlhf_optuna._space import Space
     from hydra_plugins.rlhf_optuna._study import Asked, Study
 
 INSTALL = "hydra/sweeper=optuna needs optuna: pip install 'rlhf-exp[optuna]'"
@@ -27,7 +28,6 @@ REPORTED = (
     "objective",
     "gold",
 )  # objectives that running trials report without being told (sweeps/pruning.py)
-MINIMISED_STAGES = ("sft", "rft")  # they report their loss
 
 
 class OptunaSweeper(Sweeper):
@@ -75,10 +75,17 @@ class OptunaSweeper(Sweeper):
             print(line, flush=True)
         return jobs
 
-    def _study(self, sweep: Path, arguments: Sequence[str]) -> tuple[Study, int]:
-        """The study, and how many trials it is to have."""
-        from hydra_plugins.rlhf_optuna import _samplers, _space
-        from hydra_plugins.rlhf_optuna._study import Study
+    def check(self, arguments: Sequence[str]) -> None:
+        """Raises InputError for a search that cannot be, before anything is made."""
+        from hydra_plugins.rlhf_optuna import _samplers
+
+        space, _, _ = self._search(arguments)
+        _samplers.sampler(self.settings["sampler"], space, 0, 0)
+        _samplers.pruner(self.settings["pruner"])
+
+    def _search(self, arguments: Sequence[str]) -> tuple[Space, list[str], list[str]]:
+        """The space, the objectives and their directions."""
+        from hydra_plugins.rlhf_optuna import _space
 
         given = self.settings
         space = _space.read(
@@ -87,9 +94,18 @@ class OptunaSweeper(Sweeper):
         if not space.searched:
             raise InputError("optuna has nothing to search over: give a key an interval, range or choice")
         objectives = [str(name) for name in given["objectives"]]
-        directions = _directions(objectives, given["direction"], OmegaConf.select(self.config, "stage"))
+        directions = _directions(objectives, given["direction"], _reports_loss(self.config))
         if not str(given["pruner"].get("_target_")).endswith("NopPruner"):
             _check_pruned(objectives, OmegaConf.select(self.config, "early_stop.metric"))
+        return space, objectives, directions
+
+    def _study(self, sweep: Path, arguments: Sequence[str]) -> tuple[Study, int]:
+        """The study, and how many trials it is to have."""
+        from hydra_plugins.rlhf_optuna import _samplers
+        from hydra_plugins.rlhf_optuna._study import Study
+
+        given = self.settings
+        space, objectives, directions = self._search(arguments)
         n_trials = given["n_trials"]
         if _samplers.is_grid(given["sampler"]):
             size = 1
@@ -184,16 +200,19 @@ def _check_pruned(objectives: Sequence[str], metric: str | None) -> None:
         )
 
 
-def _directions(objectives: Sequence[str], given: Any, stage: str | None) -> list[str]:
+def _reports_loss(config: DictConfig) -> bool:
+    """Whether the stage's objective is its loss (rlhf_exp/sweeps/figures.py)."""
+    stage = OmegaConf.select(config, "stage")
+    return stage == "sft" or (stage == "rft" and OmegaConf.select(config, "rft.rounds") == 1)
+
+
+def _directions(objectives: Sequence[str], given: Any, loss: bool) -> list[str]:
     from hydra_plugins.rlhf_optuna import _outcome
 
     if not objectives or len(set(objectives)) < len(objectives):
         raise InputError(f"hydra.sweeper.objectives: name each once, got [{', '.join(objectives)}]")
     if given is None:
-        return [
-            WAYS[stage in MINIMISED_STAGES if name == _outcome.OBJECTIVE else _outcome.minimised(name)]
-            for name in objectives
-        ]
+        return [WAYS[loss if name == _outcome.OBJECTIVE else _outcome.minimised(name)] for name in objectives]
     found = [str(one).lower() for one in (given if isinstance(given, list | tuple) else [given])]
     if set(found) - set(WAYS):
         raise InputError(f"hydra.sweeper.direction must be maximize or minimize, got {given}")
