@@ -10,6 +10,19 @@ from typing import Any
 from rlhf_exp.schema.names import STAGES
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+NO_LIMIT = ("UNLIMITED", "INFINITE")
+# option -> how sbatch reads it, and that in words
+FORMS = {
+    "time": (
+        re.compile(rf"{TIME.pattern}|{'|'.join(NO_LIMIT)}", re.IGNORECASE),
+        "minutes, hours:minutes:seconds or days-hours",
+    ),
+    "mem": (re.compile(r"\d+[KMGT]?", re.IGNORECASE), "a number with K, M, G or T, such as 16G"),
+    "gpus_per_node": (
+        re.compile(r"(?:[\w.-]+:)?\d+(?:,(?:[\w.-]+:)?\d+)*"),
+        "a number, or a type with it, such as a100:2",
+    ),
+}
 
 
 @dataclass
@@ -75,6 +88,10 @@ def problems(settings: Settings) -> list[str]:
             value = getattr(resources, name)
             if value is not None and value < 1:
                 found.append(f"hydra.launcher.{place}{name} must be at least 1, got {value}")
+        for name, (form, words) in FORMS.items():
+            value = getattr(resources, name)
+            if value is not None and not form.fullmatch(str(value)):
+                found.append(f"hydra.launcher.{place}{name} must be {words}, got {value}")
         limit = seconds(resources.time)
         if limit is not None and limit <= settings.signal_delay_s:
             found.append(
@@ -97,6 +114,12 @@ def seconds(time: str | None) -> int | None:
     else:
         hours, minutes, more = 0, *[*rest, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + more
+
+
+def ranks_of(settings: Settings, stage: str) -> int:
+    """Processes of a job of this stage."""
+    found = resources_of(settings, stage)
+    return (found.nodes or 1) * (found.tasks_per_node or 1)
 
 
 def resources_of(settings: Settings, stage: str) -> Resources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rlhf_exp.paths import cache_dir
 from rlhf_exp.schema import Tracking
 from rlhf_exp.stages.context import ADAPTER, HEAD, HEADS_FILE, ILQL, MODEL, adapter_folder, head_file
 from rlhf_exp.store.keys import fingerprint_folder
-from rlhf_exp.store.manifest import MANIFEST
+from rlhf_exp.store.manifest import MANIFEST, RECORD
 from rlhf_exp.store.runs import RunFolder
 
 # settings of PEFT that leave out modules which the targets name
@@ -39,6 +40,8 @@ def locate(stage: str, given: str, tracking: Tracking, output_dir: str, setting:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise InputError(f"{setting}={given}: there is no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{setting}={given}: the folder cannot be read: permission denied")
     if (folder / MODEL).is_dir():
         raise InputError(
             f"{setting}={given} holds a whole model, no adapter: set model.path={folder / MODEL} "
@@ -55,9 +58,13 @@ def check(stage: str, folder: Path, base: Path, base_hash: str, setting: str) ->
     """InputError unless the folder holds a whole LoRA adapter of this base (and a head, for reward)."""
     key = f"{setting}={folder}"
     adapter = adapter_folder(folder)
-    if (folder / "run.json").is_file():
+    if (folder / RECORD).is_file():
         RunFolder(folder).verify()
     config = _read(key, adapter / CONFIG)
+    if stage != "reward" and _scores(folder, config):
+        raise InputError(
+            f"{key}: it is a reward model, which gives scores; here goes a policy, such as one of stage=sft"
+        )
     if config.get("peft_type") != "LORA":
         raise InputError(f"{key}: the adapter is of type {config.get('peft_type')}, only LORA is supported")
     if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian"):
@@ -76,6 +83,13 @@ def check(stage: str, folder: Path, base: Path, base_hash: str, setting: str) ->
     _check_shapes(key, stored, shapes.of_model(base), config)
     if stage == "reward":
         _check_head(key, head_file(folder), shapes.output_width(base))
+
+
+def _scores(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether it is a reward model's, by our own record or by what PEFT has saved: a policy may have a head too."""
+    if (folder / RECORD).is_file():
+        return RunFolder(folder).stage == "reward"
+    return config.get("task_type") == "SEQ_CLS"
 
 
 def _is_bin(adapter: Path) -> bool:

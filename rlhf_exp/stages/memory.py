@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from rlhf_exp import distributed
@@ -17,6 +17,8 @@ from rlhf_exp.schema import PPORun, Run
 from rlhf_exp.stages import second_models
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.preflight import planned, targets_of
+
+SHARED = ("model", "strategy", "memory")
 
 
 def estimate(plan: Plan) -> Iterator[str]:
@@ -50,7 +52,7 @@ def of_node(node: Node, plan: Plan) -> Iterator[str]:
         verdict = "fits into" if need <= room else "does NOT fit into"
         yield f"{verdict} {gigabytes(room)}" + ("" if config.memory.gb else " that are free here")
     for lever in helps(config, facts):
-        yield f"  {lever.setting} saves {gigabytes(lever.saving)}" + (
+        yield f"  {typed(lever.setting, node, plan)} saves {gigabytes(lever.saving)}" + (
             f" ({lever.note})" if lever.note else ""
         )
 
@@ -168,21 +170,42 @@ def require_weights(plan: Plan) -> None:
             continue
         config, facts = node.config, facts_of(node, plan)
         room = room_of(config, facts.device)
-        kinds = (counted.PARAMETERS, counted.GRADIENTS, counted.OPTIMISER)
+        kinds = (counted.PARAMETERS, counted.GRADIENTS, counted.OPTIMISER, counted.LIBRARIES)
         held = [item for item in rank_of(config, facts).device if item.kind in kinds]
         need = counted.peak(held)[1]
         if room is not None and need > room:
-            lines.append(f"{node.name} {short(need, room, config, facts)}")
+            lines.append(
+                f"{node.name} {short(need, room, config, facts, lambda s, n=node: typed(s, n, plan))}"
+            )
     if lines:
         raise InputError(lines)
 
 
-def short(need: float, room: float, config: Run, facts: Facts) -> str:
-    """What is missing, and what helps, in a line."""
+def short(
+    need: float, room: float, config: Run, facts: Facts, words: Callable[[str], str] = lambda setting: setting
+) -> str:
+    """What is missing, and what helps, in a line. words: how a setting is typed."""
     found = helps(config, facts)
     enough = [lever for lever in found if need_of(config, facts) - lever.saving <= room]
     named = enough[:2] or found[:2]
-    advice = " or ".join(f"{lever.setting} (saves {gigabytes(lever.saving)})" for lever in named)
-    return f"needs {gigabytes(need)} of memory, but there are {gigabytes(room)}: " + (
-        f"set {advice}" if advice else "choose a smaller model"
-    )
+    said = [f"{words(lever.setting)} (saves {gigabytes(lever.saving)})" for lever in named]
+    advice = f"set {' or '.join(said)}" if said else "choose a smaller model"
+    if said and not enough:
+        advice += "; neither is enough alone, so that it may take a smaller model"
+    return f"needs {gigabytes(need)} of memory, but there are {gigabytes(room)}: {advice}"
+
+
+def typed(setting: str, node: Node, plan: Plan) -> str:
+    """A setting of a stage as it is typed in this command: of one that the command needs, as `upstream`.
+
+    What all stages share (model, strategy, memory) is the command's own, as are PPO's keys in a pipeline.
+    """
+    own = node is plan.target or (plan.config.stage == "pipeline" and node.stage in ("ppo", "eval"))
+    if own or setting.partition(".")[0].partition("=")[0] in SHARED:
+        return setting
+    key, _, value = setting.partition("=")
+    *sections, last = key.split(".")
+    inner = f"{last}: {value}"
+    for section in reversed(sections):
+        inner = f"{section}: {{{inner}}}"
+    return f"'upstream.{node.name}={{{inner}}}'"

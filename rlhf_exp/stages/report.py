@@ -40,11 +40,13 @@ def run(config: ReportRun) -> float | None:
             f"inputs={comparison.written(config.inputs)}: {len(found.entries)} runs, but none that trained or "
             "evaluated a policy"
         )
+    if all(trial.state == trials.CORRUPT for trial in read):
+        raise InputError([f"{trial.path}: {trial.reason}" for trial in read])
     notes = [*found.notes, *notes]
     say(f"report of {len(read)} run{'s' * (len(read) != 1)}: {counted(read)}")
     if config.dry_run:
         for trial in read:
-            say(f"{trial.state:8s} {trial.name}  {trial.path}")
+            say(f"{trial.state:8s} {trial.name}  {trial.path}" + f"  {trial.reason}" * bool(trial.reason))
         return None
     key = run_key(
         config,

@@ -60,6 +60,10 @@ def _when(e: Entry) -> tuple[str, str]:
 def _one(text: str, config: ReportRun) -> Found:
     path = Path(text)
     if not text.startswith(EXPERIMENT):
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise InputError(f"inputs={text}: the folder cannot be read: permission denied")
+        if path.is_file():
+            raise InputError(f"inputs={text} is a file: set inputs to a folder with run folders")
         if (path / RECORD).is_file():
             return Found([entry(path)], [], [])
         if path.is_dir():

@@ -18,8 +18,10 @@ def _nearest(folder: Path) -> Path:
     return Path(folder.anchor)
 
 
-def require_writable(folder: str | Path) -> None:
+def require_writable(folder: str | Path, key: str = "output_dir") -> None:
     """InputError unless files can be made in `folder`, or in the nearest parent if it does not exist yet.
+
+    key: what sets the folder, for the message.
 
     It writes and deletes an empty file, since permission bits say nothing of root, ACLs and read-only mounts.
     Nothing else is made: a dry run may ask.
@@ -28,16 +30,14 @@ def require_writable(folder: str | Path) -> None:
     place = _nearest(folder)
     if not place.is_dir():
         what = "a broken link" if place.is_symlink() else "a file"
-        raise InputError(
-            f"cannot write to {folder}: {place} is {what}, not a folder; set output_dir to another"
-        )
+        raise InputError(f"cannot write to {folder}: {place} is {what}, not a folder; set {key} to another")
     probe = place / f".rlhf_exp-{secrets.token_hex(4)}.tmp"
     try:
         probe.touch(exist_ok=False)
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder}: {place}: {error.strerror}; set output_dir to another"
+            f"cannot write to {folder}: {place}: {error.strerror}; set {key} to another"
         ) from error
 
 

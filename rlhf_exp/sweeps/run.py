@@ -21,6 +21,7 @@ from rlhf_exp import compose
 from rlhf_exp.errors import EXIT_INTERRUPTED, InputError, Interrupted
 from rlhf_exp.paths import PACKAGE, conf_dir
 from rlhf_exp.stages import signals
+from rlhf_exp.store.preflight import require_writable
 from rlhf_exp.sweeps import collect, folder, grid, ledger, passwords, resume, trial
 from rlhf_exp.sweeps import plan as plans
 
@@ -54,6 +55,7 @@ def start(
     if not folder.is_sweep(path):
         if path.is_dir() and any(path.iterdir()):
             raise InputError(f"{resume.SWEEP_DIR}={path} is no sweep, and not empty: choose another folder")
+        require_writable(path, resume.SWEEP_DIR)
         chosen = plan.config.hydra.runtime.choices
         names = {part: str(chosen.get(f"hydra/{part}")) for part in PARTS}
         words = resume.without_place(argv)
@@ -79,11 +81,12 @@ def _refuse(plan: plans.Plan, task: Callable[[Any], Any]) -> None:
 
 def _show(plan: plans.Plan, task: Callable[[Any], Any], path: Path) -> None:
     """Have the launcher show what it would submit. Nothing stays behind but what was there before."""
-    there = path.is_dir()
+    above = next(parent for parent in (path, *path.parents) if parent.is_dir())
     with compose.session() as hydra, compose.explained():
         hydra.multirun(compose.ROOT, task, [*plan.overrides, resume.place(path), "hydra.mode=MULTIRUN"])
-    if not there:
-        shutil.rmtree(path, ignore_errors=True)  # Hydra's sweeper has left its config
+    if above != path:  # Hydra's sweeper has left its config
+        made = next(parent for parent in (path, *path.parents) if parent.parent == above)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _trials(plan: plans.Plan) -> list[grid.Composed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -266,6 +267,23 @@ def test_an_mlflow_run_that_is_not_there(refused_sft, smoke, refused):
     words = ("reward_source=length", "adapters.sft=runs:/0123", f"tracking.uri={uri}")
     assert refused("stage=ppo", *TINY, *words) == [
         f"runs:/0123/adapter: {uri} has no run 0123; set tracking.uri to where it is"
+    ]
+
+
+def test_a_reward_model_is_no_policy(refused_sft, smoke, copied):
+    """By the record of its run, or by what PEFT saves of a classifier."""
+    line = "it is a reward model, which gives scores; here goes a policy, such as one of stage=sft"
+    reward = smoke.folder("reward")
+    assert refused_sft(reward) == [f"adapters.sft={reward}: {line}"]
+    edit(copied.peft / CONFIG, task_type="SEQ_CLS")
+    assert refused_sft(copied.peft) == [f"adapters.sft={copied.peft}: {line}"]
+
+
+def test_a_folder_that_cannot_be_read(refused_sft, copied, monkeypatch):
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != copied.peft and asked(path, mode))
+    assert refused_sft(copied.peft) == [
+        f"adapters.sft={copied.peft}: the folder cannot be read: permission denied"
     ]
 
 

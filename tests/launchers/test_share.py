@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hydra_plugins.rlhf_local_pool import _share
 from hydra_plugins.rlhf_local_pool._share import Share, deal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +90,19 @@ def test_devices_have_the_names_that_the_environment_gives_them(monkeypatch, vis
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert _share.devices({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == names
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "said"),
+    [
+        (["0", "1"], ["0", "1"], []),
+        (["0", "1"], ["1", "7"], ["hydra.launcher.devices: no CUDA device 7 here: there are 0, 1"]),
+        ([], ["0"], ["hydra.launcher.devices: no CUDA device 0 here: there are none"]),
+        ([], ["GPU-a"], []),
+        ([], [], []),
+    ],
+)
+def test_devices_that_are_not_here(monkeypatch, visible, wanted, said):
+    """CUDA_VISIBLE_DEVICES=7 on a machine with two shows none, and the trial would train on the CPU."""
+    monkeypatch.setattr(_share, "devices", lambda: visible)
+    assert _share.absent(wanted) == said

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_exp import compose
 from rlhf_exp.errors import InputError
 from rlhf_exp.memory import counted, kernels
 from rlhf_exp.schema import Memory, Optim, Reward, Train
-from rlhf_exp.stages import direct, ilql, memory, microbatch, ppo, reward, sft
+from rlhf_exp.stages import direct, ilql, memory, microbatch, plan, ppo, reward, sft
 
 STAGES = {"sft": sft, "reward": reward, "dpo": direct, "ilql": ilql}
 
@@ -195,6 +196,28 @@ def test_what_does_not_fit_is_said_before_it_trains(run_config, context, monkeyp
     assert line.startswith("sft needs ")
     assert "of memory, but there are 100 kB: set " in line
     assert "train.micro_batch_size=4 (saves " in line
+
+
+def test_advice_can_be_typed(tmp_path):
+    """A lever of a stage that the command needs goes below `upstream`; what all stages share does not."""
+    with compose.session():
+        config, choices = compose.compose(["stage=ppo", "model=tiny", f"output_dir={tmp_path}"])
+        todo = plan.make(config, choices)
+        nodes = {node.name: node for node in todo.nodes}
+        typed = [
+            memory.typed("train.micro_batch_size=4", nodes["sft"], todo),
+            memory.typed("memory.gradient_checkpointing=true", nodes["sft"], todo),
+            memory.typed("ppo.micro_batch_size=8", nodes["ppo"], todo),
+        ]
+        assert typed == [
+            "'upstream.sft={train: {micro_batch_size: 4}}'",
+            "memory.gradient_checkpointing=true",
+            "ppo.micro_batch_size=8",
+        ]
+        again = [f"stage=ppo model=tiny output_dir={tmp_path}", *(word.strip("'") for word in typed)]
+        changed, choices = compose.compose([*again[0].split(), *again[1:]])
+        sft = {node.name: node.config for node in plan.make(changed, choices).nodes}["sft"]
+        assert sft.train.micro_batch_size == 4 and sft.memory.gradient_checkpointing
 
 
 def test_on_a_full_device_half_is_tried(ppo_config, context, monkeypatch):

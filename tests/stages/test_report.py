@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -192,6 +193,31 @@ def test_every_input_that_names_nothing_is_a_line(report, tmp_path, sweep):
     code, _, err = report(f"inputs=[nowhere,{sweep},elsewhere]")
     assert code == 2
     assert [line.split(":")[1].strip() for line in err] == ["inputs=nowhere", "inputs=elsewhere"]
+
+
+def test_inputs_that_cannot_be_read(report, sweep, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    code, _, (line,) = report(f"inputs={tmp_path / 'rows.jsonl'}")
+    assert (code, line) == (
+        2,
+        f"error: inputs={tmp_path / 'rows.jsonl'} is a file: set inputs to a folder with run folders",
+    )
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != sweep and asked(path, mode))
+    code, _, (line,) = report(f"inputs={sweep}")
+    assert (code, line) == (2, f"error: inputs={sweep}: the folder cannot be read: permission denied")
+
+
+def test_nothing_but_damaged_runs_makes_no_report(report, sweep, tmp_path):
+    broken = sorted((sweep / "ppo").iterdir())[0]
+    (broken / "run.json").write_text('{"stage": "ppo"')
+    code, out, (line,) = report(f"inputs={broken}")
+    assert code == 2 and line.startswith(f"error: {broken}: ") and "run.json cannot be read" in line
+    assert not made(tmp_path)
+    code, out, _ = report(f"inputs={sweep}", "dry_run=true")
+    assert code == 0
+    (shown,) = [row for row in out if row.startswith("CORRUPT")]
+    assert "run.json cannot be read" in shown
 
 
 def test_inputs_are_required(report):

@@ -42,6 +42,19 @@ def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
+def absent(wanted: Sequence[str]) -> list[str]:
+    """A line if some of these numbers are no device here: CUDA would leave the trial without any, on the CPU.
+
+    Other names (GPU-..., MIG-...) are the driver's to know.
+    """
+    numbers = [name for name in wanted if name.isdigit()]
+    there = devices() if numbers else []
+    if not (gone := [name for name in numbers if name not in there]):
+        return []
+    have = f"there are {', '.join(there)}" if there else "there are none"
+    return [f"hydra.launcher.devices: no CUDA device {', '.join(gone)} here: {have}"]
+
+
 def problems(per_trial: int, workers: int | None, threads: int | None, devices: Sequence[str]) -> list[str]:
     """What no machine could give, a line each."""
     given = {"devices_per_trial": (per_trial, 1), "workers": (workers, 1), "threads": (threads, 0)}

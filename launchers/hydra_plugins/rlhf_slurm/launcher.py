@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from rlhf_exp.jobs.graph import Graph
+    from rlhf_exp.jobs.settings import Settings
     from rlhf_exp.jobs.units import Unit
     from rlhf_exp.jobs.watch import Row
 
@@ -52,6 +54,7 @@ class SlurmLauncher(Launcher):
             for name in given
             if sweeper != VALUES
         ]
+        problems += _ranks(self.settings, config)
         if problems:
             raise InputError(problems)
 
@@ -109,6 +112,28 @@ class SlurmLauncher(Launcher):
                     sweep, ledger.ENDED, number=number, status=ledger.FAILED, reason=said, bad_input=True
                 )
         return job
+
+
+def _ranks(given: Settings, config: DictConfig) -> list[str]:
+    """What the strategy says to the processes of the command's own stage, and of those whose resources are named."""
+    from rlhf_exp import compose
+    from rlhf_exp.jobs import settings
+    from rlhf_exp.strategies import require
+
+    run = compose.to_run(config, across=False)
+    if not hasattr(run, "strategy"):
+        return []
+    plain = replace(
+        run, strategy=replace(run.strategy, deepspeed={})
+    )  # which is about the own stage's batches
+    named = [name for name in settings.STAGES if getattr(given.by_stage, name) != settings.Resources()]
+    return [
+        f"hydra.launcher: {stage}: {line}"
+        for stage in dict.fromkeys([run.stage, *named])
+        for line in require.config_problems(
+            run if stage == run.stage else plain, settings.ranks_of(given, stage)
+        )
+    ]
 
 
 def _tell(job: JobReturn, unit: Unit) -> None:
