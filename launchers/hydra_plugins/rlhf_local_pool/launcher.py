@@ -54,7 +54,7 @@ class LocalPool(Launcher):
         from hydra_plugins.rlhf_local_pool import _share
 
         wrong = _share.problems(self.devices_per_trial, self.workers, self.threads, self.devices or ())
-        wrong += _share.absent(self.devices or ())
+        wrong = wrong or _share.absent(self.devices or ())
         if self.grace_seconds < 0:
             wrong.append(f"hydra.launcher.grace_seconds must be at least 0, got {self.grace_seconds}")
         if wrong:
