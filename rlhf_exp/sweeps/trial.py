@@ -75,11 +75,12 @@ def run(path: Path) -> Outcome:
     path = Path(path).absolute()
     content = read(path)
     number = content["number"]
-    with _mine(path) as mine:
+    with _mine(path) as locked:
+        # rank 0 alone has the lock and reads the ledger; all go its way, or some would wait for the others for ever
+        mine, state = distributed.from_main(lambda: (locked, ledger.states(path.parent).get(number)))
         if not mine:
             print(f"trial {number}: another process is running it", flush=True)
             return Outcome(number, ELSEWHERE, "another process is running it")
-        state = ledger.states(path.parent).get(number)
         if state is not None and state.settled:
             print(f"trial {number}: {state.status} before, not run again", flush=True)
             return before(state)

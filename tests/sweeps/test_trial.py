@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from rlhf_exp import compose, schema
 from rlhf_exp.errors import InputError, Interrupted, Pruned
 from rlhf_exp.sweeps import current, ledger, pruning, trial
+from tests.strategies.conftest import environments
 
 WORDS = {
     stage: [f"stage={stage}", *(["model=tiny"] if stage != "report" else ["inputs=a"])]
@@ -150,6 +153,22 @@ def test_two_processes_never_run_the_same_trial(pipeline):
     assert trial.run(folder).status == "done"
     assert inner == [(True, "running")]
     assert len(pipeline.calls) == 1
+
+
+@pytest.mark.long
+def test_all_ranks_pass_by_a_trial_that_another_process_runs():
+    folder, *_ = written()
+    command = [sys.executable, "-m", "rlhf_exp.jobs.child", str(folder.parent.absolute()), "0"]
+    with trial._mine(folder) as mine:
+        assert mine
+        ranks = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            for environment in environments(2)
+        ]
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said[0] == "trial 0: another process is running it\n"
+    assert [event["event"] for event in ledger.read(folder.parent)] == ["trial"]
 
 
 @pytest.mark.parametrize(
