@@ -114,12 +114,13 @@ def one() -> Iterator[Ranks]:
     yield from _ranks(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def two() -> Iterator[Ranks]:
+    """New for each test: what one command leaves in a process is no other's, as when users start it."""
     yield from _ranks(2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def four() -> Iterator[Ranks]:
     yield from _ranks(4)
 

@@ -16,7 +16,7 @@ FIVE = ("sft", "reward", "ppo", "dpo", "ilql")
 KEPT = ("ppo.minibatches=1", "ppo.micro_batch_size=8")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @STRATEGY
 @pytest.mark.parametrize("stage", FIVE)
 def test_two_ranks_train_as_one(stage, strategy, alone, two, runs):
@@ -40,7 +40,7 @@ def only_adapters_travel(trained: Trained, strategy: str) -> None:
         assert sent == ({"all_gather_into_tensor": size} if sharded else {})
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("micro", [1, 3])
 def test_how_rows_are_cut_changes_nothing(micro, alone, two, runs):
     """Also where the ranks' numbers of micro-batches differ: 4 rows of a minibatch are 2 + 2, or 3 hands of one."""
@@ -52,7 +52,7 @@ ODD = {stage: ("train.batch_size=7", "train.micro_batch_size=1") for stage in ST
 ODD["ppo"] = ("ppo.batch_size=7", "ppo.minibatches=1", "ppo.micro_batch_size=1")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "stage", [stage if stage == "ppo" else pytest.param(stage, marks=pytest.mark.long) for stage in STAGES]
 )
