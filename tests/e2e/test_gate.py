@@ -68,7 +68,9 @@ def test_a_patched_model_is_made_once_and_ppo_stands_on_it(cli, run, tmp_path):
     assert (ppo / "gate" / "reward.png").is_file()
     assert "gate   = patch, once the reward model is trained and probed" in first.out
     assert f"is trained against {', '.join(kinds)} too" in first.out
-    assert re.search(r"accuracy on \d+ real pairs of \d+ prompts: 0\.\d+ before, 0\.\d+ after; difference", first.out)
+    assert re.search(
+        r"accuracy on \d+ real pairs of \d+ prompts: 0\.\d+ before, 0\.\d+ after; difference", first.out
+    )
 
     second = run(*patch)  # nothing is left to do
     assert "will be trained" not in second.out
