@@ -8,11 +8,12 @@ processor alone, never on a measurement: the same machine gives the same numbers
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf_exp.processor import INTEL, vendor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,14 +32,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def onednn() -> bool:
     """Whether float32 products go to oneDNN: torch has both libraries, and the processor is not Intel's."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and vendor() not in ("", "GenuineIntel")
-
-
-def vendor() -> str:
-    """The processor's maker as Linux has it, such as AuthenticAMD; "" where nobody says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
-    return next(found, "")
+    return both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and vendor() not in ("", INTEL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from datetime import timedelta
@@ -52,6 +53,18 @@ def start() -> None:
     _started = True
 
 
+def part() -> None:
+    """The end of the group, before the interpreter's.
+
+    A thread of gloo's frees the tensors of the last exchange a moment after it. Where the interpreter is gone by
+    then, the process dies by SIGABRT, which looks like a run that failed. This waits for the thread.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def start_alone() -> None:
     """A group of this process only, which DeepSpeed needs where there are no other ranks."""
     import torch
@@ -60,6 +73,7 @@ def start_alone() -> None:
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        atexit.register(part)
 
 
 def silence() -> None:

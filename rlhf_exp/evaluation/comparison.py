@@ -21,6 +21,11 @@ SCALES = ("kind", "function", "parts", "ensemble", "ensemble_lambda", "gold")
 # who is shown, or what of them; no figure depends on it
 SHOWN = ("policies", "samples", "checkpoints", "best", "ema", "greedy")
 EVALUATED = ("eval", "generation", "reward_source", "dataset")
+EVALUATED_ON = {
+    "heldout": "held-out prompts",
+    "validation": "validation prompts",
+    "train": "evaluated training prompts",  # beside the training curves, which are of such prompts too
+}
 LABEL_KEYS, LABEL_LENGTH = 3, 60
 ABSENT = object()
 
@@ -164,10 +169,8 @@ def evaluated_on(trials: Sequence[Trial]) -> str:
         str(trial.evaluation.get("dataset.evaluate_on", HELDOUT))
         for trial in trials
         if trial.rows.get(HELDOUT)
-    }
-    if "train" not in found:
-        return "held-out prompts"
-    return "evaluated training prompts" if found == {"train"} else "evaluated prompts"
+    } or {HELDOUT}
+    return EVALUATED_ON[found.pop()] if len(found) == 1 else "evaluated prompts"
 
 
 def warnings(trials: Sequence[Trial]) -> list[str]:

@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 
 Policy = Mapping[str, Any]
 MISSING = "–"
-HELD_OUT, TRAINING = "held-out", "training-prompt"  # what a figure is a mean of
+# dataset.evaluate_on -> what a figure is a mean of, before a noun
+ANSWERED = {"heldout": "held-out", "validation": "validation", "train": "training-prompt"}
+HELD_OUT = ANSWERED["heldout"]
 
 
 class Metric(NamedTuple):
@@ -234,7 +236,7 @@ def against(evaluation: Mapping[str, Any]) -> str:
 
 def prompts(evaluation: Mapping[str, Any]) -> str:
     """Which prompts were answered, before a noun."""
-    return TRAINING if evaluation.get("evaluate_on") == "train" else HELD_OUT
+    return ANSWERED[evaluation.get("evaluate_on", "heldout")]
 
 
 def how_many(evaluation: Mapping[str, Any]) -> int | None:

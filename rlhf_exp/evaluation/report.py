@@ -15,13 +15,9 @@ from rlhf_exp.evaluation import figures, findings, outcome, render, reward_secti
 from rlhf_exp.evaluation.interval import LEAST
 from rlhf_exp.evaluation.markup import Content, Html, tag
 
-HEADER = (
-    "model",
-    "dataset",
-    "held-out prompts",
-    "training prompts",
-    "duration",
-)  # facts that stand under the title too
+# dataset.evaluate_on -> the fact that says how many were answered
+PROMPTS = {"heldout": "held-out prompts", "validation": "validation prompts", "train": "training prompts"}
+HEADER = ("model", "dataset", *PROMPTS.values(), "duration")  # facts that stand under the title too
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

@@ -17,7 +17,7 @@ FORMS = {
         re.compile(rf"{TIME.pattern}|{'|'.join(NO_LIMIT)}", re.IGNORECASE),
         "minutes, hours:minutes:seconds or days-hours",
     ),
-    "mem": (re.compile(r"\d+[KMGT]?", re.IGNORECASE), "a number with K, M, G or T, such as 16G"),
+    "mem": (re.compile(r"\d+(?:[KMGT]B?)?", re.IGNORECASE), "a number with K, M, G or T, such as 16G"),
     "gpus_per_node": (
         re.compile(r"(?:[\w.-]+:)?\d+(?:,(?:[\w.-]+:)?\d+)*"),
         "a number, or a type with it, such as a100:2",

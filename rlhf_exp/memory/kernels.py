@@ -8,11 +8,10 @@ bfloat16 so does each token that is decoded, whose keys are one more.
 from __future__ import annotations
 
 import math
-from functools import cache
-from pathlib import Path
 
 from rlhf_exp.memory.activations import QUERIES
 from rlhf_exp.memory.counted import LIBRARIES, Facts, Item
+from rlhf_exp.processor import INTEL, vendor
 from rlhf_exp.schema import EvalRun, ExportRun, PPORun, PreferRun, ProbeRun, RFTRun, Run
 
 # bytes of a product's code, measured: benchmarks/kernels.py gives 0.68 MB, the matrices of SmolLM2 0.5 to 0.8
@@ -74,12 +73,6 @@ def _sampled(config: Run, facts: Facts, half: bool) -> int:
     return times * (2 * forward + each)
 
 
-@cache
-def multiplies_float32(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def multiplies_float32() -> bool:
     """Whether the processor is one whose float32 products go to oneDNN: not Intel's (algorithms/product.py)."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return False
-    makers = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-    return bool(makers) and makers[0] != "GenuineIntel"
+    return vendor() not in ("", INTEL)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from rlhf_exp import distributed
 from rlhf_exp.data.records import Prompt
 from rlhf_exp.model.roles import lora_config
 from rlhf_exp.schema import PPORun
@@ -115,6 +116,7 @@ class Watch:
     def restore(self, step: int) -> str:
         """The policy as it was kept after iteration `step` (0: as it started), bit for bit, and its average too."""
         roles, folder = self.actors.roles, self.folder_of(step)
+        distributed.barrier()  # rank 0 has written it
         if folder is None:
             lora = lora_config(self.config.lora, self.config.model)
             roles.new(RESTORED, lora, self.config.seed, trainable=False)

@@ -75,8 +75,8 @@ def run(config: EvalRun, context: Context) -> dict[str, float]:
                 now.metrics |= comparer.metrics(now, measured[reference], asked)
             measured[place] = now
             # a policy that is off the path of training, as best of n, was here at no step
-            place = {"policy_step": float(now.candidate.step)} if now.candidate.on_path else {}
-            log.step(number, now.metrics | place)
+            step = {"policy_step": float(now.candidate.step)} if now.candidate.on_path else {}
+            log.step(number, now.metrics | step)
             log.samples(number, sample_rows(now, prompts, answer))
     found = [measured[place] for place in range(len(everyone))]
     evaluation = content(config, found, prompts)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.data.records import Prompt
-from rlhf_exp.evaluation.report import write_report
+from rlhf_exp.evaluation.report import PROMPTS, write_report
 from rlhf_exp.evaluation.tables import table_rows
 from rlhf_exp.rewards import functions, parts
 from rlhf_exp.schema import COMPARED, EvalRun
@@ -43,7 +43,7 @@ def facts(config: EvalRun, context: Context, prompts: int) -> dict[str, str]:
     found = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "held-out prompts" if config.dataset.evaluate_on == "heldout" else "training prompts": str(prompts),
+        PROMPTS[config.dataset.evaluate_on]: str(prompts),
         "reward": parts.said(config.reward_source),
         "gold": config.eval.gold,
         **({"judge": compared.said(config)} if config.eval.judge != functions.NONE else {}),

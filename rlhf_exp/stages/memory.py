@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from rlhf_exp import distributed
+from rlhf_exp import compose, distributed
 from rlhf_exp.errors import InputError
 from rlhf_exp.memory import architecture, counted, free, parts, strategies, table, weights
 from rlhf_exp.memory.architecture import Architecture
@@ -191,7 +191,7 @@ def short(
     said = [f"{words(lever.setting)} (saves {gigabytes(lever.saving)})" for lever in named]
     advice = f"set {' or '.join(said)}" if said else "choose a smaller model"
     if said and not enough:
-        advice += "; neither is enough alone, so that it may take a smaller model"
+        advice += "; no single one is enough, so that it may take a smaller model"
     return f"needs {gigabytes(need)} of memory, but there are {gigabytes(room)}: {advice}"
 
 
@@ -208,4 +208,5 @@ def typed(setting: str, node: Node, plan: Plan) -> str:
     inner = f"{last}: {value}"
     for section in reversed(sections):
         inner = f"{section}: {{{inner}}}"
-    return f"'upstream.{node.name}={{{inner}}}'"
+    name = node.name if node.name in compose.ON_TOP else node.stage  # members of an ensemble are set as one
+    return f"'upstream.{name}={{{inner}}}'"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlhf_exp import distributed
 from rlhf_exp.data.records import Comparison
 from rlhf_exp.data.tokenised import Tokenised
 from rlhf_exp.errors import InputError
@@ -54,6 +55,7 @@ def at_the_end(
     """
     if not config.reward.probes or not scores:
         return {}
+    distributed.barrier()  # rank 0 has published it
     rows = context.read(config.dataset, "comparisons", "validation")
     trained = Context(context.base, context.folder, context.tracker, {"reward": context.folder.path})
     report = look(trained, config.dataset, rows, config.reward.probes, config.seed)

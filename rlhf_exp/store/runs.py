@@ -167,6 +167,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write or replace a file of the run, atomically; `name` may have folders in it."""
+        if not distributed.is_main():  # which may be behind: rank 0 has finished the run by now
+            return
         self._refuse_listed(name)
         self._write(name, text.encode())
 

@@ -13,6 +13,7 @@ from rlhf_exp.strategies.watch import FAILED, Watch
 
 WORD = 2.0  # seconds
 _inside = False
+_parted = False  # a rank has ended by itself: another may still wait for it in a sum
 _watch: Watch | None = None  # from the first command of the process on
 
 
@@ -32,7 +33,7 @@ def together() -> Iterator[None]:
     echo of another rank's end, or not rank 0's, whose task it is to say it, Lost is raised in its place. A block in
     such a block is part of it.
     """
-    global _watch, _inside
+    global _watch, _inside, _parted
     if distributed.world_size() == 1 or _inside:
         distributed.start()
         yield
@@ -57,6 +58,7 @@ def together() -> Iterator[None]:
         _tell(error, FAILED, [f"{type(error).__name__}: {error}".partition("\n")[0]])
         raise
     except BaseException as error:  # Ctrl-C, or a library that ends the process
+        _parted = True
         _watch.leave(FAILED, [f"stopped by {type(error).__name__}"])
         raise
     finally:
@@ -65,10 +67,12 @@ def together() -> Iterator[None]:
 
 def _tell(error: Exception, code: int, lines: Sequence[str]) -> None:
     """Of an error that ends this rank. Raises Lost where it is not this rank that people hear of it from."""
+    global _parted
     if getattr(error, "agreed", False):
         if not distributed.is_main():
             raise Lost(code) from error
         return
+    _parted = True
     # a sum that fails comes a moment before the word of the rank that is behind it
     end = _watch.heard(0.0 if distributed.is_main() and code == EXIT_BAD_INPUT else WORD)
     if end is not None:
@@ -87,3 +91,5 @@ def _tell(error: Exception, code: int, lines: Sequence[str]) -> None:
 def _leave() -> None:
     """The process ends well, or has said why not: the others do not take it for gone."""
     _watch.leave(0, [])
+    if not _parted:
+        distributed.part()

@@ -84,9 +84,13 @@ def _show(plan: plans.Plan, task: Callable[[Any], Any], path: Path) -> None:
     above = next(parent for parent in (path, *path.parents) if parent.is_dir())
     with compose.session() as hydra, compose.explained():
         hydra.multirun(compose.ROOT, task, [*plan.overrides, resume.place(path), "hydra.mode=MULTIRUN"])
-    if above != path:  # Hydra's sweeper has left its config
-        made = next(parent for parent in (path, *path.parents) if parent.parent == above)
-        shutil.rmtree(made, ignore_errors=True)
+    if above == path:
+        return
+    shutil.rmtree(path, ignore_errors=True)  # Hydra's sweeper has left its config
+    for parent in path.parents:
+        if parent == above or not parent.is_dir() or any(parent.iterdir()):
+            break  # somebody else's sweep may have begun there
+        parent.rmdir()
 
 
 def _trials(plan: plans.Plan) -> list[grid.Composed]:

@@ -43,7 +43,10 @@ def test_frontier_leaves_out_what_is_missing(evaluation):
     assert figures.frontier_panels([{"name": "sft", "step": 0, "metrics": {}}]) == []
 
 
-@pytest.mark.parametrize(("on", "words"), [("heldout", "held-out mean"), ("train", "training-prompt mean")])
+@pytest.mark.parametrize(
+    ("on", "words"),
+    [("heldout", "held-out mean"), ("validation", "validation mean"), ("train", "training-prompt mean")],
+)
 def test_the_frontier_says_on_which_prompts(evaluation, on, words):
     evaluation["evaluate_on"] = on
     for panel in figures.frontier_panels(evaluation["policies"], outcome.prompts(evaluation)):

@@ -255,6 +255,8 @@ def test_the_first_sentence_says_where_a_kl_is_a_bound_and_on_which_prompts():
         "On held-out prompts the highest gold score is 0.5, of best (sft:best_of_4) at a KL of at most 0.636. With a "
         "KL of at most 0.5 it is 0.25, of best (sft:best_of_2) at a KL of at most 0.193."
     )
+    trial.evaluation = {"dataset.evaluate_on": "validation"}
+    assert said().startswith("On validation prompts the highest gold score is 0.5")
     trial.evaluation = {"dataset.evaluate_on": "train"}
     assert said().startswith("On evaluated training prompts the highest gold score is 0.5")
     assert evaluated_on([trial, of_best(1, {2: 0.5})]) == "evaluated prompts"

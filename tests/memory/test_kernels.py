@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_exp.algorithms import product
-from rlhf_exp.memory import architecture, counted, kernels, parts
+from rlhf_exp.memory import architecture, counted, kernels, parts, sampling
 from rlhf_exp.memory.counted import Facts
 from rlhf_exp.model import shapes
 from rlhf_exp.schema import PPO, Generation, PPORun, SFTRun, Train
+from rlhf_exp.stages import context
 from tests.memory.test_parts import TARGETS, config_of
 
 
@@ -55,13 +55,12 @@ def test_no_more_than_the_cache_holds(facts):
     assert code(config, replace(facts, dtype="bfloat16")) == pytest.approx(1024)
 
 
-def test_the_processors_are_those_of_the_product(tmp_path, monkeypatch):
-    assert kernels.multiplies_float32() == (product.vendor() not in ("", "GenuineIntel"))
+@pytest.mark.parametrize(("maker", "found"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
+def test_makers(maker, found, monkeypatch):
+    """The same as those of the product itself (tests/algorithms/test_product.py), where torch has both libraries."""
+    monkeypatch.setattr(kernels, "vendor", lambda: maker)
+    assert kernels.multiplies_float32() is found
 
 
-@pytest.mark.parametrize(("maker", "found"), [("AuthenticAMD", True), ("GenuineIntel", False), (None, False)])
-def test_makers(maker, found, tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor : 0\n" + (f"vendor_id : {maker}\n" if maker else ""))
-    assert kernels.multiplies_float32(info) is found
-    assert kernels.multiplies_float32(tmp_path / "none") is False
+def test_eval_generates_as_many_together_as_is_counted():
+    assert sampling.EVAL_ROWS == context.ROWS

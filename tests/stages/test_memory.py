@@ -209,6 +209,8 @@ def test_advice_can_be_typed(tmp_path):
             memory.typed("memory.gradient_checkpointing=true", nodes["sft"], todo),
             memory.typed("ppo.micro_batch_size=8", nodes["ppo"], todo),
         ]
+        member = replace(nodes["reward"], name="reward_1")
+        assert memory.typed("lora=default", member, todo) == "'upstream.reward={lora: default}'"
         assert typed == [
             "'upstream.sft={train: {micro_batch_size: 4}}'",
             "memory.gradient_checkpointing=true",

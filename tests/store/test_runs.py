@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_exp import distributed
 from rlhf_exp.errors import InputError
 from rlhf_exp.store import hashing
 from rlhf_exp.store.manifest import CorruptArtifact
@@ -133,6 +134,27 @@ def test_a_finished_artifact_cannot_be_changed(make_run, change):
     with pytest.raises(RuntimeError, match="is finished"):
         calls[change]()
     folder.verify()
+
+
+@pytest.mark.parametrize(
+    "call", ["publish", "write_text", "write_json", "discard", "start", "finish", "fail"]
+)
+def test_a_rank_that_is_behind_finds_the_run_finished(make_run, monkeypatch, call):
+    """Rank 0 writes, and does not wait: what another rank comes to write may be sealed by then. It does nothing."""
+    folder = make_run("sft", "3f")
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    calls = {
+        "publish": lambda: folder.publish("adapter").__enter__(),
+        "write_text": lambda: folder.write_text("config.yaml", ""),
+        "write_json": lambda: folder.write_json("adapter/adapter_config.json", {}),
+        "discard": lambda: folder.discard("adapter"),
+        "start": lambda: folder.start({}),
+        "finish": lambda: folder.finish({}),
+        "fail": lambda: folder.fail("KILLED", "by a signal"),
+    }
+    calls[call]()
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_takes_new_files_and_fields(make_run):

@@ -65,12 +65,14 @@ class Ranks:
         cwd: Path | Sequence[Path],
         argv: Sequence[str],
         stop: dict[int, int] | None = None,
+        late: dict[int, float] | None = None,
         apart: Sequence[Sequence[str]] = (),
         gradients: str | None = None,
     ) -> list[dict[str, Any]]:
         """Run a command on all ranks. Their answers.
 
-        cwd: of all, or of each. stop: rank -> step after which it is asked to stop. apart: words of each rank alone.
+        cwd: of all, or of each. stop: rank -> step after which it is asked to stop. late: rank -> seconds by which
+        it is behind (worker.py). apart: words of each rank alone.
         gradients: the file that each writes into cwd, with the rank in front.
         """
         if not self.links:
@@ -79,6 +81,7 @@ class Ranks:
             place = cwd if isinstance(cwd, Path) else cwd[rank]
             asked = {"cwd": str(place), "argv": [*argv, *(apart[rank] if apart else ())]}
             asked["stop"] = (stop or {}).get(rank)
+            asked["late"] = (late or {}).get(rank, 0.0)
             asked["gradients"] = gradients and str(place / f"{rank}_{gradients}")
             link.send(asked)
         answers: list[dict[str, Any] | None] = []

@@ -119,6 +119,42 @@ def test_bad_input_is_told_once_and_ends_all(words, said, two, tmp_path):
     assert not (tmp_path / "outputs" / "sft").exists()
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_is_ahead_of_what_it_needs_nor_behind_what_is_sealed(rank, one, two, tmp_path):
+    """Rank 0 writes and the others read: SFT, reward model with its probes, PPO that rolls back, evaluation."""
+    argv = ["experiment=smoke", *(word for word in COMMON if not word.startswith(("model=", "dataset.")))]
+    argv += ["ppo.save_every=1", "ppo.guards.kl=1e-9", "ppo.guards.kl_action=rollback"]
+    answers = two.run(tmp_path, [*argv, "strategy=ddp"], late={rank: 0.3})
+    assert [answer["code"] for answer in answers] == [0, 0], [answer["err"] for answer in answers]
+    assert "probes: " in answers[0]["out"]
+    assert "the policy is again" in answers[0]["out"]
+
+
+AT_THE_END = """
+import atexit
+import sys
+import torch.distributed
+
+atexit.register(lambda: print(torch.distributed.is_initialized(), file=sys.stderr))
+from rlhf_exp.strategies import command
+
+with command.together():
+    print(torch.distributed.is_initialized(), file=sys.stderr)
+"""
+
+
+def test_the_group_is_gone_before_the_interpreter():
+    """Else a thread of gloo's ends one run of eight by SIGABRT, after it is done."""
+    command = [sys.executable, "-c", AT_THE_END]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        for environment in environments(2)
+    ]
+    assert [process.communicate(timeout=120)[1].split() for process in processes] == [["True", "False"]] * 2
+    assert [process.returncode for process in processes] == [0, 0]
+
+
 def checkpointed(folder: Path, seconds: float = 200) -> Path:
     """The first checkpoint that appears below the folder."""
     deadline = time.monotonic() + seconds

@@ -1,7 +1,8 @@
 """A rank that runs one command after another. All are forks of one process that has imported everything (preload.py).
 
-Asked by a dict: cwd, argv, stop=n (this rank is asked by SIGTERM, as it seems, after step n of a stage), gradients (a
-file for what every optimiser step is made of). Answers with a dict: code, out, err, sent (travels.py).
+Asked by a dict: cwd, argv, stop=n (this rank is asked by SIGTERM, as it seems, after step n of a stage), late
+(seconds by which it is behind), gradients (a file for what every optimiser step is made of). Answers with a dict:
+code, out, err, sent (travels.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from unittest import mock
@@ -28,6 +30,33 @@ def asked_after(step: int | None) -> Iterator[None]:
         yield
         return
     with mock.patch.object(signals, "asked", lambda: "SIGTERM" if next(looked) == step else real()):
+        yield
+
+
+@contextlib.contextmanager
+def late_by(seconds: float) -> Iterator[None]:
+    """This rank is behind the others wherever it writes into a run folder, and after every meeting."""
+    from rlhf_exp import distributed
+    from rlhf_exp.store.runs import RunFolder
+
+    def late(function, before: bool):
+        def waited(*args, **kwargs):
+            time.sleep(seconds * before)
+            found = function(*args, **kwargs)
+            time.sleep(seconds * (not before))
+            return found
+
+        return waited
+
+    writes = ("start", "update", "write_text", "write_json", "publish", "discard", "finish", "fail")
+    with contextlib.ExitStack() as stack:
+        for name in writes if seconds else ():
+            stack.enter_context(
+                mock.patch.object(RunFolder, name, late(getattr(RunFolder, name), before=True))
+            )
+        for name in ("barrier", "from_main", "agree") if seconds else ():
+            meeting = late(getattr(distributed, name), before=False)
+            stack.enter_context(mock.patch.object(distributed, name, meeting))
         yield
 
 
@@ -78,6 +107,7 @@ def answer(main, asked: Mapping) -> dict:
     sharded = any("strategy=zero" in word for word in asked["argv"])
     with (
         asked_after(asked["stop"]),
+        late_by(asked["late"]),
         gradients_in(asked["gradients"], sharded),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

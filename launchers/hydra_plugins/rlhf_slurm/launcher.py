@@ -123,9 +123,8 @@ def _ranks(given: Settings, config: DictConfig) -> list[str]:
     run = compose.to_run(config, across=False)
     if not hasattr(run, "strategy"):
         return []
-    plain = replace(
-        run, strategy=replace(run.strategy, deepspeed={})
-    )  # which is about the own stage's batches
+    # what is said to DeepSpeed is about the own stage's batches
+    plain = replace(run, strategy=replace(run.strategy, deepspeed={}))
     named = [name for name in settings.STAGES if getattr(given.by_stage, name) != settings.Resources()]
     return [
         f"hydra.launcher: {stage}: {line}"
