@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "compose",
         "data",
         "evaluation",
+        "memory",
         "progress",
         "stages",
         "store",

@@ -26,7 +26,7 @@ LOOK_S = 3.0  # seconds between two looks at a job whose log is followed
 def parser() -> argparse.ArgumentParser:
     """SWEEP is a sweep's folder; without it, the newest in multirun/results."""
     root = argparse.ArgumentParser(
-        prog="rlhf_exp.jobs",
+        prog="python -m rlhf_exp.jobs",
         description="The jobs of a sweep that was given to SLURM (hydra/launcher=slurm).",
     )
     commands = root.add_subparsers(dest="command", required=True)

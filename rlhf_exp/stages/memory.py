@@ -57,6 +57,13 @@ def of_node(node: Node, plan: Plan) -> Iterator[str]:
         )
 
 
+def peak_of(node: Node, plan: Plan) -> tuple[str, float] | None:
+    """When a stage needs most on a rank, and how many bytes; None where the model's sizes are not known."""
+    if model_of(plan) is None:
+        return None
+    return counted.peak(rank_of(node.config, facts_of(node, plan)).device)
+
+
 def stored(node: Node, plan: Plan) -> str:
     """In what the base's weights are held."""
     kind, dtype = node.config.model.quantization, dtype_of(node, plan)

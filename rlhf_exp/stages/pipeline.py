@@ -47,9 +47,6 @@ def _run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
     require.same_config(config)
     todo = distributed.agree(lambda: checked(plan.make(config, choices)))
     require.same_plan(todo)
-    # libraries import DeepSpeed where it is installed, and it warns that it looked for a device
-    if todo.base.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for line in todo.lines():
         say(line)
     if config.dry_run:
@@ -75,6 +72,9 @@ def _run(config: Run | ReportRun, choices: dict[str, str]) -> float | None:
 
 def checked(todo: Plan) -> Plan:
     """The plan, if all that it needs is there."""
+    # libraries import DeepSpeed where it is installed, and it warns that it looked for a device
+    if todo.base.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     preflight.check(todo)
     return todo
 

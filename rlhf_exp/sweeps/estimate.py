@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_exp import compose
 from rlhf_exp.errors import EXIT_BAD_INPUT, InputError
+from rlhf_exp.memory.table import gigabytes
 from rlhf_exp.progress import duration
 from rlhf_exp.sweeps import grid, ledger, table
 from rlhf_exp.sweeps.plan import Plan
@@ -50,29 +51,31 @@ class Build:
     trials: list[int] = field(default_factory=list)
     seconds: float | None = None
     measured: Measured | None = None
+    peak: tuple[str, float] | None = None  # of the memory plan: when, and bytes on a rank
 
 
 def show(plan: Plan, trials: Sequence[grid.Composed]) -> int:
     """Print it; returns the exit code. Nothing is written, nothing trained."""
-    if not trials:  # the sweeper chooses as it goes: one trial stands for all
-        print("the sweeper chooses the trials as it goes; one of them, with the first values of each key:")
+    if trials:
+        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}")
+    else:  # one stands for all
+        print("the sweeper chooses the trials as it goes; one of them, with the first value of each key:")
         trials = [grid.Composed(0, [], plan.config, [], [])]
     builds, problems = needed(trials)
     keys = table.swept({one.number: ledger.State(one.number, one.overrides) for one in trials})
-    print(f"{len(trials)} trials")
     for one in trials:
         own = [b for b in builds.values() if b.trials == [one.number]]
         values = table.values_of(one.overrides)
-        named = " ".join(f"{key}={values[key]}" for key in keys if key in values)
+        named = " ".join([f"trial {one.number}", *(f"{key}={values[key]}" for key in keys if key in values)])
         said = "; ".join(f"cannot run: {problem}" for problem in problems.get(one.number, []))
-        print(
-            f"  trial {one.number} {named}: {said or ', '.join(map(line, own)) or 'what it shares is all it needs'}"
-        )
+        print(f"  {named}: {said or ', '.join(map(line, own)) or 'what it shares is all it needs'}")
     shared = [build for build in builds.values() if len(build.trials) > 1]
     for build in shared:
         times = "cached" if build.node.folder else "trained once"
         print(f"  {times} for {len(build.trials)} trials: {line(build)}")
     print(total(builds.values()))
+    if said := largest(builds.values()):
+        print(said)
     return EXIT_BAD_INPUT if len(problems) == len(trials) else 0
 
 
@@ -105,8 +108,21 @@ def total(builds: Iterable[Build]) -> str:
     return "\n".join(lines)
 
 
+def largest(builds: Iterable[Build]) -> str:
+    """Of what is to be built, the stage that needs most memory; "" where nobody knows."""
+    known = [build for build in builds if not build.node.folder and build.peak]
+    if not known:
+        return ""
+    most = max(known, key=lambda build: build.peak[1])
+    (phase, need), who = most.peak, f"{most.node.name} {most.node.key[:6]}"
+    return (
+        f"memory: at most {gigabytes(need)}, in {phase} of {who}; dry_run=true without the sweep says what of"
+    )
+
+
 def needed(trials: Sequence[grid.Composed]) -> tuple[dict[str, Build], dict[int, list[str]]]:
     """Key -> a stage that has to be there, in an order in which they can be built; trial -> why it cannot run."""
+    from rlhf_exp.stages import memory
     from rlhf_exp.stages import plan as stages
 
     found: dict[str, Build] = {}
@@ -131,6 +147,7 @@ def needed(trials: Sequence[grid.Composed]) -> tuple[dict[str, Build], dict[int,
                 known = entries.setdefault(place, finished(Path(place)))
                 build.measured = nearest(node, known)
                 build.seconds = seconds_of(node, build.measured)
+                build.peak = memory.peak_of(node, todo)
     return found, problems
 
 

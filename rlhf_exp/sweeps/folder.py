@@ -24,6 +24,7 @@ from rlhf_exp.store.frozen import COMMIT, git_state
 from rlhf_exp.store.runs import now
 
 SWEEP, CODE, CONF, CONFIG_DIR = "sweep.json", "code", "conf", "config_dir"
+NEEDED = ("argv", "cwd", "created", "version")  # in sweep.json
 LAUNCHERS, PLUGINS = "launchers", "hydra_plugins"
 OURS = "rlhf_*"  # plugins of this package, in the wheel's hydra_plugins
 
@@ -72,6 +73,9 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error})") from error
+    if not isinstance(content, dict) or (missing := [name for name in NEEDED if name not in content]):
+        what = f"has no {', '.join(missing)}" if isinstance(content, dict) else "is no JSON object"
+        raise InputError(f"{file} {what}: no sweep has written it")
     return content
 
 

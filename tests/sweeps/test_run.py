@@ -408,3 +408,8 @@ def test_show_and_a_folder_that_is_no_sweep(call, pipeline, capsys):
         f"error: {Path('nowhere').absolute()} is no sweep's folder: it has no sweep.json; sweeps are in "
         "multirun/results\n"
     )
+    for content, said in (('{"argv": []}', "has no cwd, created, version"), ("[]", "is no JSON object")):
+        Path("sweep/sweep.json").write_text(content)
+        assert commands.main(["show", "sweep"]) == 2
+        file = Path("sweep/sweep.json").absolute()
+        assert capsys.readouterr().err == f"error: {file} {said}: no sweep has written it\n"

@@ -28,6 +28,7 @@ def sweep(tmp_path):
     ledger.append(place, "started", number=2, host=socket.gethostname(), pid=os.getpid())
     known = {
         "argv": ["stage=ppo", "sweep=kl"],
+        "cwd": str(tmp_path),
         "created": "2026-01-31T12:00:00",
         "version": "1",
         "commit": "c" * 40,
@@ -169,4 +170,9 @@ def test_the_sum_says_what_is_unknown():
         "  measured: ppo/0123, 2 s a step, 1 s beside; other ppo.batch_size",
     ]
     assert estimate.line(build("ppo", 61.0)) == "ppo aaaaaa (1:01)"
+    assert estimate.largest([build("ppo", 1.0)]) == ""  # the model's sizes are not known
+    most = [build("sft", 1.0), build("ppo", 1.0), build("reward", 1.0, cached=True)]
+    for one, need in zip(most, (2.5e9, 1e9, 9e9), strict=True):
+        one.peak = ("backward", need)
+    assert estimate.largest(most).startswith("memory: at most 2.50 GB, in backward of sft aaaaaa; ")
     assert estimate.line(build("ppo", None, cached=True)) == "ppo aaaaaa (cached)"
