@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ class Context:
     tracker: Tracker
     parents: dict[str, Path] = field(default_factory=dict)  # stage -> its run folder or PEFT folder
     checkpoint_every: int = 0  # steps; 0: as often as that costs little
+    typed: Callable[[str], str] = str  # a setting of this stage -> as it is typed in the command
 
     @contextmanager
     def log(

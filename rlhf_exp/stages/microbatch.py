@@ -40,7 +40,6 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
     prompts, answers: of the data, whose longest are planned for; None: the limits in the config. To be called before
     anything but the base is loaded.
     """
-    base = context.base
     facts = facts_here(config, context)
     planned = shortened(config, prompts, answers)
     room = memory.room_of(config, facts.device)
@@ -52,7 +51,7 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
         if (
             room is not None and need > room and not isinstance(config, PPORun)
         ):  # which its self-check looks at
-            raise InputError(f"{config.stage} {memory.short(need, room, planned, facts)}")
+            raise InputError(f"{config.stage} {memory.short(need, room, planned, facts, context.typed)}")
         return config
     candidates = free.sizes(rows_of(config, facts), whole=not isinstance(config, PPORun))
 
@@ -62,7 +61,7 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
     chosen = free.largest(candidates, need_of, None if room is None else MARGIN[facts.device] * room)
     if facts.device == "cuda":
         chosen = tried_out(
-            sized(planned, chosen), base, [size for size in candidates if size <= chosen], facts
+            sized(planned, chosen), context, [size for size in candidates if size <= chosen], facts
         )
     chosen = min(distributed.gather(chosen))
     room_said = "" if room is None else f" of {gigabytes(room)}"
@@ -132,7 +131,7 @@ def rows_of(config: Run, facts: Facts) -> int:
     return config.train.batch_size
 
 
-def tried_out(config: Run, base: Base, candidates: Sequence[int], facts: Facts) -> int:
+def tried_out(config: Run, context: Context, candidates: Sequence[int], facts: Facts) -> int:
     """The first of the sizes that a forward and backward of the longest rows gets through on the device."""
     import torch
 
@@ -143,7 +142,7 @@ def tried_out(config: Run, base: Base, candidates: Sequence[int], facts: Facts) 
     try:
         return free.tried(
             candidates,
-            lambda size: attempt(sized(config, size), base, size, facts),
+            lambda size: attempt(sized(config, size), context.base, size, facts),
             torch.cuda.OutOfMemoryError,
             recover,
         )
@@ -151,7 +150,7 @@ def tried_out(config: Run, base: Base, candidates: Sequence[int], facts: Facts) 
         room = memory.room_of(config, facts.device) or 0.0
         need = memory.need_of(sized(config, 1), facts)
         raise InputError(
-            f"{config.stage}: one row did not fit: it {memory.short(need, room, config, facts)}"
+            f"{config.stage}: one row did not fit: it {memory.short(need, room, config, facts, context.typed)}"
         ) from None
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,7 +267,8 @@ def build(
                 for name, parent in node.parents.items()
                 if parent.folder and not parent.makes_base  # that one is the base
             }
-            context = Context(bases.of(node), folder, own, parents, config.checkpoint_every)
+            every, typed = config.checkpoint_every, partial(memory.typed, node=node, plan=todo)
+            context = Context(bases.of(node), folder, own, parents, every, typed)
             gate.keep(node, folder)
             early = config.early_stop if current.is_own(node, todo) else None
             with pruning.watched(early, config.rft.rounds if node.stage == "rft" else 1):

@@ -214,7 +214,8 @@ def memory_fits(config: PPORun, context: Context, actors: Actors) -> Check:
     free = available(context.base.device)
     free_text = "unknown" if free is None else memory.gigabytes(free)
     helps = [
-        f"{lever.setting} (saves {memory.gigabytes(lever.saving)})" for lever in memory.helps(config, facts)
+        f"{context.typed(lever.setting)} (saves {memory.gigabytes(lever.saving)})"
+        for lever in memory.helps(config, facts)
     ]
     return Check(
         "memory",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_exp import compose
+from rlhf_exp import cli, compose
 from rlhf_exp.errors import InputError
 from rlhf_exp.memory import counted, kernels
 from rlhf_exp.schema import Memory, Optim, Reward, Train
@@ -190,12 +190,24 @@ def test_found_sizes_train_the_same(stage, run_config, context, adapters, monkey
 def test_what_does_not_fit_is_said_before_it_trains(run_config, context, monkeypatch):
     config = run_config("sft", train=Train(batch_size=16, micro_batch_size=16), optim=Optim())
     room(monkeypatch, 1e5)
+    made = replace(context(), typed=lambda setting: f"'upstream.sft={setting}'")
     with pytest.raises(InputError) as caught:
-        sft.run(config, context())
+        sft.run(config, made)
     (line,) = caught.value.problems
     assert line.startswith("sft needs ")
     assert "of memory, but there are 100 kB: set " in line
-    assert "train.micro_batch_size=4 (saves " in line
+    assert "'upstream.sft=train.micro_batch_size=4' (saves " in line
+
+
+def test_a_stage_before_the_target_gives_its_advice_as_it_is_typed(capfd, monkeypatch, tmp_path):
+    """What only the data's lengths tell, once the base is loaded."""
+    monkeypatch.setattr(memory, "require_weights", lambda plan: None)
+    room(monkeypatch, 1e5)
+    words = ["stage=ppo", "model=tiny", "tracking=none", "reward_source=length", f"output_dir={tmp_path}"]
+    assert cli.main(words) == 2
+    (line,) = (each for each in capfd.readouterr().err.splitlines() if each.startswith("error: "))
+    assert line.startswith("error: sft needs ")
+    assert "'upstream.sft={train: {micro_batch_size: " in line
 
 
 def test_advice_can_be_typed(tmp_path):
