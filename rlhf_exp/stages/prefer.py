@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
+from rlhf_exp import distributed
 from rlhf_exp.data import labels
 from rlhf_exp.data.load import longer_chosen, statistics
 from rlhf_exp.data.records import Comparison, Prompt
@@ -199,6 +200,7 @@ def publish(config: PreferRun, context: Context, tally: Tally, prompts: int) -> 
     if repeated := len(before) + len(tally.rows) - len(rows):
         tally.dropped[REPEATED] = repeated
     context.folder.write_text(labels.FILE, labels.text_of(rows))
+    distributed.barrier()  # rank 0 has written it
     counts = splits(config.dataset, context)
     agreed = {
         (a, b): agreement(tally.orders[a], tally.orders[b], tally.prompts)

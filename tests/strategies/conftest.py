@@ -198,7 +198,8 @@ def done(ranks, runs: Path, name: str, stage: str, words: Sequence[str]) -> Trai
 
 def figures(folder: Path) -> list[dict[str, float]]:
     """Every logged figure but those of time, step by step; at the end those of the run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     rows.append(json.loads((folder / "run.json").read_text())["metrics"])
     timed = ("time/", "tokens_per_second")
     return [{name: x for name, x in row.items() if not name.startswith(timed)} for row in rows]

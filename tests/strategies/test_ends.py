@@ -119,16 +119,26 @@ def test_bad_input_is_told_once_and_ends_all(words, said, two, tmp_path):
     assert not (tmp_path / "outputs" / "sft").exists()
 
 
+ALL_STAGES = ("experiment=smoke", "ppo.save_every=1", "ppo.guards.kl=1e-9", "ppo.guards.kl_action=rollback")
+LABELS = ("stage=prefer", "model=tiny", "dataset=reviews", "adapters.sft=base", "prefer.prompts=12")
+LABELS += ("prefer.labellers=[length]", "prefer.samples=3", "generation.max_new_tokens=8")
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_no_rank_is_ahead_of_what_it_needs_nor_behind_what_is_sealed(rank, one, two, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "rank", "said"),
+    [
+        (ALL_STAGES, 0, ("probes: ", "the policy is again")),
+        (ALL_STAGES, 1, ("probes: ", "the policy is again")),
+        (LABELS, 0, ("comparisons", "done in")),
+    ],
+)
+def test_no_rank_is_ahead_of_what_it_needs_nor_behind_what_is_sealed(words, rank, said, two, tmp_path):
     """Rank 0 writes and the others read: SFT, reward model with its probes, PPO that rolls back, evaluation."""
-    argv = ["experiment=smoke", *(word for word in COMMON if not word.startswith(("model=", "dataset.")))]
-    argv += ["ppo.save_every=1", "ppo.guards.kl=1e-9", "ppo.guards.kl_action=rollback"]
+    argv = [*words, *(word for word in COMMON if not word.startswith(("model=", "dataset.")))]
     answers = two.run(tmp_path, [*argv, "strategy=ddp"], late={rank: 0.3})
     assert [answer["code"] for answer in answers] == [0, 0], [answer["err"] for answer in answers]
-    assert "probes: " in answers[0]["out"]
-    assert "the policy is again" in answers[0]["out"]
+    assert [each in answers[0]["out"] for each in said] == [True, True]
 
 
 AT_THE_END = """
