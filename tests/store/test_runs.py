@@ -121,39 +121,34 @@ def test_manifest_lists_files_with_their_hash_but_not_logs(make_run):
     }
 
 
-@pytest.mark.parametrize("change", ["publish", "write_text", "write_json", "discard", "start"])
+CHANGES = {
+    "publish": lambda folder: folder.publish("adapter").__enter__(),
+    "write_text": lambda folder: folder.write_text("config.yaml", ""),
+    "write_json": lambda folder: folder.write_json("adapter/adapter_config.json", {}),
+    "discard": lambda folder: folder.discard("adapter"),
+    "start": lambda folder: folder.start({}),
+}
+ENDS = {
+    "finish": lambda folder: folder.finish({}),
+    "fail": lambda folder: folder.fail("KILLED", "by a signal"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_finished_artifact_cannot_be_changed(make_run, change):
     folder = make_run("sft", "3f")
-    calls = {
-        "publish": lambda: folder.publish("adapter").__enter__(),
-        "write_text": lambda: folder.write_text("config.yaml", ""),
-        "write_json": lambda: folder.write_json("adapter/adapter_config.json", {}),
-        "discard": lambda: folder.discard("adapter"),
-        "start": lambda: folder.start({}),
-    }
     with pytest.raises(RuntimeError, match="is finished"):
-        calls[change]()
+        CHANGES[change](folder)
     folder.verify()
 
 
-@pytest.mark.parametrize(
-    "call", ["publish", "write_text", "write_json", "discard", "start", "finish", "fail"]
-)
-def test_a_rank_that_is_behind_finds_the_run_finished(make_run, monkeypatch, call):
+@pytest.mark.parametrize("change", CHANGES | ENDS)
+def test_a_rank_that_is_behind_finds_the_run_finished(make_run, monkeypatch, change):
     """Rank 0 writes, and does not wait: what another rank comes to write may be sealed by then. It does nothing."""
     folder = make_run("sft", "3f")
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    calls = {
-        "publish": lambda: folder.publish("adapter").__enter__(),
-        "write_text": lambda: folder.write_text("config.yaml", ""),
-        "write_json": lambda: folder.write_json("adapter/adapter_config.json", {}),
-        "discard": lambda: folder.discard("adapter"),
-        "start": lambda: folder.start({}),
-        "finish": lambda: folder.finish({}),
-        "fail": lambda: folder.fail("KILLED", "by a signal"),
-    }
-    calls[call]()
+    (CHANGES | ENDS)[change](folder)
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
