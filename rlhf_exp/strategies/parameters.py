@@ -33,7 +33,7 @@ def shard(base: Base, strategy: Strategy) -> None:
     half = {"bf16": {"enabled": True}} if base.dtype == torch.bfloat16 else {}
     settings = given | OURS | half | {"zero_optimization": zero | {"stage": 3}}
     if zero.get("offload_param", {}).get("device") == "nvme":
-        print("zero3: DeepSpeed's async_io is compiled the first time, which takes a minute", flush=True)
+        print("zero3: DeepSpeed's async_io is compiled the first time, which takes minutes", flush=True)
     with quietly() as deepspeed:
         from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 

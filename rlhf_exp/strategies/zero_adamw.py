@@ -12,6 +12,7 @@ reduction of the adapters' megabytes, and a copy of them.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -220,7 +221,7 @@ FOR_THE_OPTIMISER = (
 @contextlib.contextmanager
 def quietly() -> Iterator[Any]:
     """DeepSpeed, ready to use: it finds our ranks, compiles nothing on a CPU, and keeps its log to itself."""
-    with distributed.environment(), contextlib.redirect_stdout(None):
+    with distributed.environment(), contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
