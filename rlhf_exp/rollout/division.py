@@ -23,6 +23,7 @@ class Packed(NamedTuple):
     logprobs: Tensor  # float32[N] of all answers' tokens
     supports: tuple[Tensor, Tensor] | None  # ids, and how many of each token
     stops: list[int | None] | None
+    masses: Tensor | None  # float32[N]
 
 
 def generate(
@@ -61,9 +62,9 @@ def pack(rollout: Rollout) -> Packed:
     if rollout.supports is not None:
         whole = Support.concat(rollout.supports)
         supports = whole.ids.cpu(), whole.counts.cpu()
-    return Packed(
-        rollout.responses, rollout.ended, torch.cat(rollout.logprobs).cpu(), supports, rollout.stops
-    )
+    masses = None if rollout.masses is None else torch.cat(rollout.masses)
+    logprobs = torch.cat(rollout.logprobs).cpu()
+    return Packed(rollout.responses, rollout.ended, logprobs, supports, rollout.stops, masses)
 
 
 def joined(prompts: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], Packed]]) -> Rollout:
@@ -71,7 +72,7 @@ def joined(prompts: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], Pa
     columns: list[dict[int, Any]] = [{} for _ in Rollout._fields[1:]]
     for rows, part in parts:
         lengths = [len(response) for response in part.responses]
-        supports = stops = [None] * len(rows)
+        supports = stops = masses = [None] * len(rows)
         if part.supports is not None:
             ids, counts = part.supports
             each = counts.split(lengths)
@@ -79,10 +80,12 @@ def joined(prompts: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], Pa
             supports = [Support(*pair) for pair in zip(ids.split(sizes), each, strict=True)]
         if part.stops is not None:
             stops = part.stops
-        found = (part.responses, part.ended, part.logprobs.split(lengths), supports, stops)
+        if part.masses is not None:
+            masses = part.masses.split(lengths)
+        found = (part.responses, part.ended, part.logprobs.split(lengths), supports, stops, masses)
         for column, values in zip(columns, found, strict=True):
             column.update(zip(rows, values, strict=True))
-    responses, ended, logprobs, supports, stops = (
+    responses, ended, logprobs, supports, stops, masses = (
         [column[row] for row in range(len(prompts))] for column in columns
     )
     first = parts[0][1]
@@ -93,4 +96,5 @@ def joined(prompts: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], Pa
         logprobs,
         None if first.supports is None else supports,
         None if first.stops is None else stops,
+        None if first.masses is None else masses,
     )

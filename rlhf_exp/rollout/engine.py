@@ -44,6 +44,7 @@ class Rollout(NamedTuple):
     logprobs: list[Tensor]  # float32[T] a row, under the distribution that `generation.logprob_mode` names
     supports: list[Support] | None  # the kept tokens of each position, where log-probs need them
     stops: list[int | None] | None = None  # how many tokens of each answer came before its stop text
+    masses: list[Tensor] | None = None  # float32[T] a row, with logprob_mode=raw: of what could be drawn
 
 
 def spoken(rollout: Rollout) -> list[list[int]]:
@@ -67,6 +68,7 @@ class _Row:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.masses: list[float] = []
         self.kept: list[Tensor] = []
         self.stop: int | None = None
 
@@ -74,6 +76,7 @@ class _Row:
         """EOS after a stop text, before which there are `stop` tokens."""
         self.tokens.append(eos_id)
         self.logprobs.append(0.0)
+        self.masses.append(1.0)
         self.stop = stop
 
     def support(self) -> Support:
@@ -129,6 +132,7 @@ def _generate(
         [torch.tensor(row.logprobs) for row in rows],
         [row.support() for row in rows] if records(generation) else None,
         [row.stop for row in rows] if generation.stop else None,
+        [torch.tensor(row.masses) for row in rows] if generation.logprob_mode == "raw" else None,
     )
 
 
@@ -166,11 +170,12 @@ class _Decoding:
 
     def advance(self, step: int) -> bool:
         """Write one token for every open answer; False when none is open any more."""
-        drawn, tokens, logprobs = self._draw(step)
-        for row, token, logprob in zip(self.open, tokens, logprobs, strict=True):
+        drawn, tokens, logprobs, masses = self._draw(step)
+        for row, token, logprob, mass in zip(self.open, tokens, logprobs, masses, strict=True):
             if row is not None:
                 row.tokens.append(int(token))
                 row.logprobs.append(logprob)
+                row.masses.append(mass)
         ended = [token == self.base.eos_id for token in tokens]
         self.open = [None if end else row for row, end in zip(self.open, ended, strict=True)]
         if self.stops is not None and step + 1 < self.generation.max_new_tokens:
@@ -180,18 +185,19 @@ class _Decoding:
             self._next(drawn.tokens, stay)
         return bool(stay)
 
-    def _draw(self, step: int) -> tuple[Drawn, list[float], list[float]]:
-        """The draws, and on this side of the device the tokens and their log-probs; takes down the kept sets."""
+    def _draw(self, step: int) -> tuple[Drawn, list[float], list[float], list[float]]:
+        """The draws, and on this side of the device tokens, log-probs and masses; takes down the kept sets."""
         logits, u = self._logits(), uniform(self.keys, step)
         while True:
             drawn = sample(logits, u, self.generation, step, self.limits, self.seen, self.candidates)
             columns = [drawn.tokens, drawn.logprobs, drawn.sound]
-            columns += [] if drawn.kept is None else [drawn.kept.counts, drawn.kept.short]
+            mass = torch.ones_like(drawn.logprobs) if drawn.mass is None else drawn.mass
+            columns += [mass] if drawn.kept is None else [mass, drawn.kept.counts, drawn.kept.short]
             # the one wait of a step; float64 holds each of these exactly
-            tokens, logprobs, sound, *rest = torch.stack([x.double() for x in columns]).tolist()
+            tokens, logprobs, sound, masses, *rest = torch.stack([x.double() for x in columns]).tolist()
             self._require_sound(sound, step)
             if not rest:
-                return drawn, tokens, logprobs
+                return drawn, tokens, logprobs, masses
             counts, short = rest
             if any(short):
                 self.candidates *= MORE
@@ -200,7 +206,7 @@ class _Decoding:
                 self.candidates //= MORE
             if records(self.generation):
                 self._keep(drawn.kept.ids, [int(count) for count in counts])
-            return drawn, tokens, logprobs
+            return drawn, tokens, logprobs, masses
 
     def _logits(self) -> Tensor:
         """[b, V] for the next token of each row."""

@@ -123,6 +123,7 @@ class Drawn(NamedTuple):
     logprobs: Tensor  # float32[B], see `sample`
     sound: Tensor  # bool[B], False where the logits are no distribution: nan, +inf, or everything forbidden
     kept: Kept | None  # with top-k, top-p or min-p
+    mass: Tensor | None  # float32[B], in mode `raw`: of the tokens that could be drawn, among all
 
 
 def sample(
@@ -142,6 +143,11 @@ def sample(
     scores = processed(logits, generation, position, limits, seen)
     largest = scores.amax(dim=1) if restricts(generation) else None  # nan, if there is one
     found = kept(scores, generation, most) if restricts(generation) else None
+    mass = None
+    if generation.logprob_mode == "raw":
+        everything = processed(logits, generation, position, {}, seen)
+        drawn_from = scores if found is None else found.logits
+        mass = (drawn_from.logsumexp(dim=1) - everything.logsumexp(dim=1)).exp()
     ids = None  # of the columns of `scores`; None: the whole vocabulary
     if found is not None and found.ids.shape[1] * 4 < scores.shape[1]:
         ids, order = found.ids.sort(dim=1)  # in the order of the vocabulary, as without a restriction
@@ -154,7 +160,7 @@ def sample(
         scores, place = logits.float(), tokens
     normaliser = scores.logsumexp(dim=1)
     logprobs = scores.gather(1, place[:, None]).squeeze(1) - normaliser
-    return Drawn(tokens, logprobs, torch.isfinite(normaliser if largest is None else largest), found)
+    return Drawn(tokens, logprobs, torch.isfinite(normaliser if largest is None else largest), found, mass)
 
 
 def draw(logits: Tensor, u: Tensor) -> Tensor:

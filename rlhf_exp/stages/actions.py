@@ -6,9 +6,10 @@
     rollback  the policy is again the best kept adapter
     stop      the run ends here, as a finished one
 
-nan or inf: the batch is put down, the policy is again the last kept adapter whose answers were sound, the learning
-rate is lowered; after `ppo.guards.max_recoveries` of these the run stops. After a return the optimiser's moments,
-which belong to weights that are gone, start at 0; the critic stays, unless it holds nan itself.
+nan or inf: the batch is put down, the policy is again the last kept adapter whose answers were sound, KL controller
+and running moments are what they were before the iteration, the learning rate is lowered; after
+`ppo.guards.max_recoveries` of these the run stops. After a return the optimiser's moments, which belong to weights
+that are gone, start at 0; the critic stays, unless it holds nan itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from rlhf_exp import distributed
 from rlhf_exp.data.records import Prompt
+from rlhf_exp.errors import InputError
 from rlhf_exp.model.roles import lora_config
 from rlhf_exp.schema import PPORun
 from rlhf_exp.stages import guards
@@ -53,6 +55,11 @@ class Watch:
     def __post_init__(self) -> None:
         # made before a checkpoint is read: the critic as it started
         self.critic_start = [p.detach().clone() for p in self.actors.critic_parameters()]
+        self.begin()
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self.before = self.state.copy()
 
     def failed(self, error: FloatingPointError) -> dict[str, float]:
         """The metrics of an iteration whose answers could not be sampled."""
@@ -65,14 +72,22 @@ class Watch:
         metrics: Mapping[str, float],
         prompts: Sequence[Prompt] = (),
         encoded: Sequence[Sequence[int]] = (),
+        answers: Sequence[Mapping[str, object]] = (),
     ) -> dict[str, float]:
         """Look at an iteration and act; the metrics `guard/<name>` of those that fired.
 
-        RuntimeError where the very first iteration was not sound: there is nothing to go back to.
+        answers: to the prompts, in their order; none where sampling failed. InputError where the very first iteration
+        was not sound: there is nothing to go back to.
         """
         fired = self.guards.watch(self.config.ppo, step, metrics)
+        batch = [
+            {"id": str(prompt.id), "text": str(prompt.prompt), "ids": list(ids)}
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
+        for row, answer in zip(batch, answers, strict=False):
+            row |= {key: value for key, value in answer.items() if key != "prompt"}
         for one in fired:
-            did = self.recover(one, step, prompts, encoded) if one.guard == NAN else self.act(one)
+            did = self.recover(one, step, batch) if one.guard == NAN else self.act(one)
             self.say(one, step, did)
         self.error = None
         return {f"guard/{one.guard}": 1.0 for one in fired}
@@ -80,10 +95,7 @@ class Watch:
     def say(self, fired: Fired, step: int, did: str) -> None:
         """A line on the screen, a row in guards.jsonl: rewritten whole, so that a resumed run has no row twice."""
         print(f"guard {fired.guard} at iteration {step}: {fired.says}; {did}", flush=True)
-        row = {"step": step, **asdict(fired), "did": did}
-        numbers = ("value", "bound")
-        row |= {k: str(row[k]) for k in numbers if not math.isfinite(row[k])}
-        self.guards.rows.append(row)
+        self.guards.rows.append(writable({"step": step, **asdict(fired), "did": did}))
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.guards.rows)
         self.context.folder.write_text(ROWS, "".join(f"{line}\n" for line in lines))
 
@@ -151,9 +163,7 @@ class Watch:
 
     # ---------------------------------------------------------------- nan
 
-    def recover(
-        self, fired: Fired, step: int, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]
-    ) -> str:
+    def recover(self, fired: Fired, step: int, batch: Sequence[dict[str, Any]]) -> str:
         """Put the batch down; go back and on with half the learning rate, or stop."""
         dump = f"{DUMPS}/step_{step:05d}.json"
         self.context.folder.write_json(
@@ -163,18 +173,17 @@ class Watch:
                 "reason": self.error or fired.says,
                 "tensors": self.not_finite(),
                 "learning_rate": self.scheduler.get_last_lr(),
-                "prompts": [
-                    {"id": str(prompt.id), "text": str(prompt.prompt), "ids": list(ids)}
-                    for prompt, ids in zip(prompts, encoded, strict=True)
-                ],
+                "prompts": [writable(row) for row in batch],
             },
         )
         self.context.tracker.artifact(self.context.folder.path / dump, DUMPS)
         if not self.guards.kept:
-            raise RuntimeError(
-                f"PPO's first iteration is not sound: {self.error or fired.says}; model, SFT adapter or reward give "
-                f"nan before anything is trained (the batch is in {self.context.folder.path / dump})"
+            raise InputError(
+                f"PPO's first iteration is not sound: {self.error or fired.says}: model, SFT adapter or reward "
+                "give nan before anything is trained (model.dtype, adapters.sft, reward_source.parts); the batch is "
+                f"in {self.context.folder.path / dump}"
             )
+        self.state.forget(self.before)
         sound = max(self.guards.kept)
         back = self.restore(sound)
         if self.guards.recoveries >= self.config.ppo.guards.max_recoveries:
@@ -227,3 +236,11 @@ class Watch:
     def _described(self, step: int, worth: float | None) -> dict[str, Any]:
         adapter = ADAPTER if step == self.guards.step else f"{CHECKPOINTS}/step_{step:05d}"
         return {"step": step, "value": worth, "adapter": adapter}
+
+
+def writable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it: a number that is none, as text."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }

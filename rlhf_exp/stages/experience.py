@@ -166,6 +166,9 @@ def prepare(
     rewards = kl_rewards(scores, kl, mask, state.kl_coef if ppo.kl_in == "reward" else 0.0)
     advantages, returns = estimate(ppo, state, rewards, scores, seen.values, mask)
     sampled = chosen(torch.cat(rollout.logprobs).to(base.device), everything)
+    kept_mass = seen.kept_mass
+    if rollout.masses is not None:  # logprob_mode=raw: only the sampler knows
+        kept_mass = padded(chosen(torch.cat(rollout.masses).to(base.device), everything), mask)
     difference = (seen.logprobs[mask] - sampled).abs()
     log_ratio = seen.logprobs - seen.ref_logprobs
     metrics = {
@@ -175,7 +178,7 @@ def prepare(
         "objective/kl_coef": state.kl_coef,
         "objective/rewards": rewards.sum() / len(scores),
         "objective/entropy": faults.mean_entropy(ppo, seen.entropy, seen.logprobs, mask),
-        "response/kept_mass": masked_mean(seen.kept_mass, mask),
+        "response/kept_mass": masked_mean(kept_mass, mask),
         "rollout/logprob_difference": difference.mean(),
         "rollout/logprob_difference_max": difference.max(),
     }

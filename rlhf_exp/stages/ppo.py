@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.data.records import Prompt
+from rlhf_exp.errors import InputError
 from rlhf_exp.evaluation import text
 from rlhf_exp.model.roles import Roles
 from rlhf_exp.rewards.functions import NONE
@@ -52,6 +53,7 @@ SHOW = (
     ("tokens_per_second", "tok/s", ".0f"),
 )
 SAMPLES = 4  # answers an iteration written to samples.jsonl
+SAMPLE = ("prompt", "response", "score", "ended")  # and what of each
 
 
 @dataclass
@@ -103,17 +105,18 @@ def run(config: PPORun, context: Context) -> dict[str, float]:
                 chosen = batch_of(len(prompts), ppo.batch_size, config.seed, step)
                 chosen = [i for i in chosen for _ in range(ppo.samples_per_prompt)]
                 asked, encoded = [prompts[i] for i in chosen], [tokens.prompts[i] for i in chosen]
+                watch.begin()
                 try:
-                    metrics, samples = iterate(config, actors, optimizer, step, asked, encoded, carried)
+                    metrics, answers = iterate(config, actors, optimizer, step, asked, encoded, carried)
                 except FloatingPointError as error:
-                    metrics, samples = watch.failed(error), []
+                    metrics, answers = watch.failed(error), []
                 metrics["optim/lr"] = scheduler.get_last_lr()[0]
                 if ppo.critic_lr is not None:
                     metrics["optim/critic_lr"] = scheduler.get_last_lr()[-1]
-                metrics |= watch.after(step, metrics, asked, encoded)
+                metrics |= watch.after(step, metrics, asked, encoded, answers)
                 scheduler.step()
                 log.step(step, metrics | (tokens.cuts.metrics() if step == 1 else {}))
-                log.samples(step, samples)
+                log.samples(step, [{k: a[k] for k in SAMPLE} for a in answers[:SAMPLES]])
                 if step % ppo.save_every == 0 and step < ppo.steps:
                     publish(context, actors, f"{CHECKPOINTS}/step_{step:05d}")
                 keeper.after(step, last=bool(carried.guards.stopped))
@@ -170,7 +173,7 @@ def iterate(
     encoded: list[list[int]],
     carried: Carried,
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """One iteration: rollout, scores, experience, updates. Returns its metrics and some samples."""
+    """One iteration: rollout, scores, experience, updates. Returns its metrics and the answers."""
     ppo, base, state = config.ppo, actors.base, carried.state
     clock = [time.perf_counter()]
 
@@ -212,11 +215,17 @@ def iterate(
     seconds = [after - before for before, after in itertools.pairwise(clock)]
     metrics |= dict(zip(("time/rollout", "time/score", "time/update"), seconds, strict=True))
     metrics["tokens_per_second"] = sum(map(len, rollout.responses)) / sum(seconds)
-    samples = [
-        {"prompt": prompt.prompt, "response": answer, "score": value, "ended": ended}
-        for prompt, answer, value, ended in zip(prompts, texts, scores.tolist(), rollout.ended, strict=True)
+    each = zip(prompts, texts, rollout.responses, scores.tolist(), rollout.ended, strict=True)
+    return metrics, [
+        {
+            "prompt": prompt.prompt,
+            "response": answer,
+            "response_ids": list(ids),
+            "score": value,
+            "ended": ended,
+        }
+        for prompt, answer, ids, value, ended in each
     ]
-    return metrics, samples[:SAMPLES]
 
 
 def keys_of(config: PPORun, step: int, prompts: list[Prompt]) -> list[int]:
@@ -259,7 +268,7 @@ def score_answers(
 
 
 def check_start(metrics: dict[str, float], dtype: torch.dtype, waived: Collection[str] = ()) -> None:
-    """Raise RuntimeError unless policy and reference were equal before the first update: KL 0, ratio 1.
+    """Raise InputError unless policy and reference were equal before the first update: KL 0, ratio 1.
 
     Anything else is a wrong reference or adapter, dropout, or a forward that differs between scoring and update.
     waived: checks left out, of kl, ratio and sampler.
@@ -278,7 +287,10 @@ def check_start(metrics: dict[str, float], dtype: torch.dtype, waived: Collectio
             f"log-probs of sampler and scoring forward differ by {metrics['rollout/logprob_difference']:.3g}"
         )
     if wrong:
-        raise RuntimeError(f"PPO does not start where SFT ended (tolerance {allowed}): " + "; ".join(wrong))
+        raise InputError(
+            f"PPO does not start where SFT ended (tolerance {allowed}): {'; '.join(wrong)}: look at adapters.sft, "
+            "lora.dropout and model.dtype"
+        )
 
 
 def response_metrics(rollout: Rollout, texts: list[str]) -> dict[str, float]:

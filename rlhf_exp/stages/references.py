@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ class References:
 
         from rlhf_exp.stages import faults
 
+        fresh: dict[int, float] = {}
         new = {p.id: (p, ids) for p, ids in zip(prompts, encoded, strict=True) if p.id not in self.known}
         if new:
             config, tokenizer = self.config, actors.base.tokenizer
@@ -64,5 +66,7 @@ class References:
             )
             # as the answers' own scores, or the difference would be of unlike things
             found = faults.scores(config.ppo, torch.tensor(found)).tolist()
-            self.known |= dict(zip(new, found, strict=True))
-        return [self.known[prompt.id] for prompt in prompts]
+            fresh = dict(zip(new, found, strict=True))
+            # one that is no number is asked again when its prompt comes again
+            self.known |= {id: value for id, value in fresh.items() if math.isfinite(value)}
+        return [(self.known | fresh)[prompt.id] for prompt in prompts]

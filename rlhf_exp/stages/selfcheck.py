@@ -6,7 +6,7 @@ Nothing global is drawn and no weight, gradient or optimiser is touched: a run i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from rlhf_exp.errors import InputError
 from rlhf_exp.rewards.learned import score_sequences
 from rlhf_exp.rollout.engine import Rollout, generate
 from rlhf_exp.rollout.noise import row_key
+from rlhf_exp.rollout.sampler import kept, processed, restricts
 from rlhf_exp.rollout.scoring import Answers, answer_logprobs, answers, chosen, hidden_before
 from rlhf_exp.rollout.texts import forbidden
 from rlhf_exp.schema import Generation, PPORun
@@ -88,7 +89,7 @@ def checks(
             kl_is_zero(trial),
             ratio_is_one(trial),
             sampler_agrees(trial),
-            padding(trial),
+            *scoring(trial),
             eos_reachable(trial),
         )
     except FloatingPointError as error:
@@ -188,7 +189,7 @@ def kl_is_zero(trial: Trial) -> Check:
 
 def ratio_is_one(trial: Trial) -> Check:
     """The update's forward, with gradients on, gives the old log-probs."""
-    worst = 0.0
+    differences = []
     base = trial.actors.base
     for rows in trial.rows:
         batch = answers(trial.rollout, rows, base)
@@ -196,7 +197,8 @@ def ratio_is_one(trial: Trial) -> Check:
             hidden, _ = policy_and_value(trial.actors, batch)
             now = answer_logprobs(base, hidden, batch, trial.short.generation).logprobs.detach()
         ratio = (chosen(now, batch) - trial.seen.logprobs[batch.rows][batch.steps]).exp()
-        worst = max(worst, float((ratio - 1).abs().max()))
+        differences.append((ratio - 1).abs().max())
+    worst = float(torch.stack(differences).max())  # nan where there is one, which Python's max would lose
     return Check(
         "ratio",
         "the ratio of new and old probabilities is 1",
@@ -223,20 +225,37 @@ def sampler_agrees(trial: Trial) -> Check:
 
 
 @torch.no_grad()
-def padding(trial: Trial) -> Check:
-    """Rows scored alone and in a padded batch agree: padding is told by lengths, whatever its token."""
+def scoring(trial: Trial) -> Iterator[Check]:
+    """Reward models give numbers; rows scored alone and in a padded batch agree: padding is told by lengths."""
+    sequences = [[*p, *r] for p, r in zip(trial.rollout.prompts, trial.rollout.responses, strict=True)]
+    scores = {
+        role: [
+            torch.tensor(score_sequences(trial.actors.roles, role, head, sequences, size))
+            for size in (len(sequences), 1)
+        ]
+        for role, head in trial.actors.reward_heads.items()
+    }
+    broken = [role for role, found in scores.items() if not bool(torch.stack(found).isfinite().all())]
+    if broken:
+        yield Check(
+            "scores",
+            "scores are finite",
+            False,
+            f"{len(sequences)} answers, nan or inf from {', '.join(broken)}",
+            "the reward model's weights or what it computes in: adapters.reward, model.dtype",
+        )
+        return
+    yield padding(trial, sequences, scores)
+
+
+def padding(trial: Trial, sequences: Sequence[list[int]], scores: Mapping[str, Sequence[Tensor]]) -> Check:
+    """Rows scored alone and in a padded batch agree, whatever the token that pads."""
     everything = list(range(len(trial.rollout.prompts)))
     together = look(trial.short, trial.actors, trial.rollout, [[everything]])
     alone = look(trial.short, trial.actors, trial.rollout, [[[row] for row in everything]])
-    difference = float((together.logprobs - alone.logprobs)[trial.mask].abs().mean())
-    sequences = [[*p, *r] for p, r in zip(trial.rollout.prompts, trial.rollout.responses, strict=True)]
-    for role, head in trial.actors.reward_heads.items():
-        padded, single = (
-            torch.tensor(score_sequences(trial.actors.roles, role, head, sequences, size))
-            for size in (len(sequences), 1)
-        )
-        apart = (padded - single).abs() / padded.abs().clamp(min=1)
-        difference = max(difference, float(apart.mean()))
+    apart = [(together.logprobs - alone.logprobs)[trial.mask].abs().mean().cpu()]
+    apart += [((padded - one).abs() / padded.abs().clamp(min=1)).mean() for padded, one in scores.values()]
+    difference = float(torch.stack(apart).max())
     lengths = sorted(map(len, sequences))
     base = trial.actors.base
     same = ", which is EOS too" if base.pad_id == base.eos_id else ""
@@ -251,26 +270,51 @@ def padding(trial: Trial) -> Check:
 
 @torch.no_grad()
 def eos_reachable(trial: Trial) -> Check:
-    """EOS is one token, not forbidden everywhere, and the policy gives it some probability."""
+    """EOS is one token, not forbidden everywhere, and the policy gives it some probability.
+
+    Where it is in no kept set of these few answers there is a note only: longer ones may end all the same.
+    """
     base, generation = trial.actors.base, trial.config.generation
     tokenizer, eos_id = base.tokenizer, base.eos_id
-    weight, bias = base.output_layer
     limit = forbidden(generation, tokenizer, eos_id).get(eos_id, 0)
-    one = tokenizer.convert_tokens_to_ids(tokenizer.eos_token) == eos_id and 0 <= eos_id < len(weight)
-    probability = 0.0
-    if one:
-        batch = answers(trial.rollout, [0], base)
-        hidden = hidden_before(trial.actors.roles, "policy", batch)
-        logits = OutputLayer(weight, bias, hidden.dtype)(hidden)
-        probability = float((logits / generation.temperature).softmax(dim=1)[:, eos_id].max())
-    return Check(
-        "eos",
-        "EOS can be drawn",
-        one and limit < generation.max_new_tokens and probability > 0,
-        f"{tokenizer.eos_token!r} = {eos_id}, from token {limit + 1} of {generation.max_new_tokens} on, "
-        f"probability up to {probability:.2g}",
-        "no answer could end: model.eos_token, generation.min_new_tokens, generation.max_new_tokens",
-    )
+    known = tokenizer.convert_tokens_to_ids(tokenizer.eos_token) == eos_id
+    known = known and 0 <= eos_id < len(base.output_layer[0])
+    probability, drawn = eos_probability(trial) if known else (0.0, 0.0)
+    ok = known and limit < generation.max_new_tokens and probability > 0
+    detail = f"{tokenizer.eos_token!r} = {eos_id}, from token {limit + 1} of {generation.max_new_tokens} on, "
+    detail += f"probability up to {probability:.2g}"
+    cause = "no answer could end: model.eos_token, generation.min_new_tokens, generation.max_new_tokens"
+    note = False
+    if ok and (restricts(generation) or generation.greedy):
+        detail += f", kept by the sampler in {drawn:.0%} of {int(trial.mask.sum())} places"
+        ok, note = drawn > 0, drawn == 0
+        cause = "answers may not end by themselves: generation.top_k, top_p, min_p, greedy" if note else cause
+    return Check("eos", "EOS can be drawn", ok, detail, cause, note=note)
+
+
+def eos_probability(trial: Trial) -> tuple[float, float]:
+    """EOS's largest probability before the kept sets, and the share of places whose kept set has it.
+
+    Over all places of the trial's answers, as if EOS were not forbidden in the first ones.
+    """
+    base, generation, rollout = trial.actors.base, trial.config.generation, trial.rollout
+    weight, bias = base.output_layer
+    hidden = hidden_before(trial.actors.roles, "policy", trial.everything)
+    every = OutputLayer(weight, bias, hidden.dtype)(hidden)  # a few dozen places
+    written = [
+        [*p, *r[:i]] for p, r in zip(rollout.prompts, rollout.responses, strict=True) for i in range(len(r))
+    ]
+    largest, kept_in = 0.0, 0
+    for raw, so_far in zip(every.split(1), written, strict=True):
+        seen = torch.tensor([so_far], device=raw.device) if generation.repetition_penalty != 1 else None
+        logits = processed(raw, generation, 0, {}, seen)
+        largest = max(largest, float(logits.softmax(dim=1)[0, base.eos_id]))
+        if generation.greedy:
+            kept_in += int(logits.argmax()) == base.eos_id
+        elif restricts(generation):
+            found = kept(logits, generation, logits.shape[1])
+            kept_in += base.eos_id in found.ids[0, : int(found.counts)].tolist()
+    return largest, kept_in / len(written)
 
 
 def raw_logprobs(generation: Generation) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ class State:
         """Set the coefficient of the next iteration from the KL of this one, nats an answer."""
         if ppo.kl_control == "adaptive":
             self.kl_coef = next_kl_coef(self.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, episodes)
+
+    def copy(self) -> State:
+        """As it is now; the moments are never written to."""
+        return replace(self)
+
+    def forget(self, before: State) -> None:
+        """What an unsound iteration told controller and moments is undone; its updates were done all the same."""
+        self.kl_coef, self.scores, self.returns = before.kl_coef, before.scores, before.returns
 
     def to_dict(self) -> dict[str, Any]:
         """As plain numbers."""

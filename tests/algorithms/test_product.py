@@ -39,6 +39,31 @@ def test_a_transposed_weight_and_rows_of_a_larger_tensor(way):
     assert torch.allclose(found.double(), exact, rtol=0, atol=1e-5)
 
 
+def test_only_float32_on_a_cpu_goes_to_onednn(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    taken, sound = [], torch.ops.mkldnn._linear_pointwise
+
+    def spy(x, *more):
+        taken.append(x.ndim)
+        return sound(x, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    monkeypatch.setattr(product, "onednn", lambda: True)
+
+    def asked(x, weight):
+        taken.clear()
+        linear(x, weight)
+        return list(taken)
+
+    x, weight = torch.ones(2, 3, 7), torch.ones(11, 7)
+    assert asked(x, weight) == [2]  # two axes, whatever x has
+    assert asked(x.double(), weight.double()) == []
+    assert asked(x.bfloat16(), weight.bfloat16()) == []
+    assert asked(x.to("meta"), weight.to("meta")) == []
+    assert asked(x[:0], weight) == []
+
+
 def test_which_processors(monkeypatch, tmp_path):
     for mkl in (False, True):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)

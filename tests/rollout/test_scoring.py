@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from rlhf_exp.rollout import division
 from rlhf_exp.rollout.engine import Rollout, generate
 from rlhf_exp.rollout.noise import row_key
 from rlhf_exp.rollout.scoring import (
@@ -54,6 +55,40 @@ def test_scoring_forward_gives_the_samplers_logprobs(base, roles, prompts, gener
         # only what is forbidden at the first position is missing
         assert (scored.kept_mass[batch.first > 0] == 1).all()
         assert (scored.kept_mass[batch.first == 0] < 1).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.6, "top_k": 20, "stop": ["e"]},
+        {"top_p": 0.5, "temperature": 0.7, "min_new_tokens": 3},
+        {"temperature": 0.7, "min_new_tokens": 3},
+        {},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_kept_mass_is_known_without_kept_sets(base, roles, prompts, settings):
+    """logprob_mode=raw draws the same answers; what can be drawn has the mass that scoring finds in mode sampled."""
+    settings = {"max_new_tokens": 9, **settings}
+    raw = sample(base, roles, prompts, Generation(**settings, logprob_mode="raw"))
+    sampled = sample(base, roles, prompts, Generation(**settings))
+    assert raw.responses == sampled.responses
+    assert raw.supports is None and sampled.masses is None
+    batch = answers(sampled, range(len(prompts)), base)
+    hidden = hidden_before(roles, "policy", batch)
+    expected = answer_logprobs(base, hidden, batch, Generation(**settings)).kept_mass
+    assert (torch.cat(raw.masses) - expected).abs().max() < 2e-5
+    assert expected.min() < 1
+    # as they travel between ranks
+    hands = [[0, 2, 4], [i for i in range(len(prompts)) if i not in (0, 2, 4)]]
+    columns = raw._asdict()
+    parts = [
+        (rows, division.pack(Rollout(**{k: v and [v[i] for i in rows] for k, v in columns.items()})))
+        for rows in hands
+    ]
+    again = division.joined(prompts, parts)
+    assert all(torch.equal(*pair) for pair in zip(again.masses, raw.masses, strict=True))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from rlhf_exp.algorithms.masked import Moments
+from rlhf_exp.errors import InputError
 from rlhf_exp.model.roles import Roles, read_weights
 from rlhf_exp.schema import Guards as Settings
 from rlhf_exp.stages import ppo
@@ -279,7 +281,12 @@ def test_after_too_many_recoveries_the_run_ends_with_the_reason(train, capsys):
     assert "ppo.guards.max_recoveries" in said
 
 
-def test_nan_in_the_scores_makes_no_step_and_recovers(train, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"score_scaling": "running"}, {"estimator": "reinforce", "critic": "none", "samples_per_prompt": 1}],
+    ids=["plain", "running", "reinforce"],
+)
+def test_nan_in_the_scores_makes_no_step_and_recovers(train, monkeypatch, settings):
     sound, calls = ppo.score, []
 
     def score(*arguments):
@@ -288,8 +295,10 @@ def test_nan_in_the_scores_makes_no_step_and_recovers(train, monkeypatch):
         return [math.nan, *found[1:]] if len(calls) == 3 else found
 
     monkeypatch.setattr(ppo, "score", score)
-    folder, _, metrics = train()
+    folder, _, metrics = train(**settings)
+    # once: nothing of it stays in running moments, where it would be for ever
     assert [line["step"] for line in metrics if "guard/nan" in line] == [3]
+    assert len(metrics) == 6
     assert metrics[2]["policy/nonfinite"] == 1
     assert metrics[2]["optim/updates"] == 0
     (row,) = read_lines(folder.path / "guards.jsonl")
@@ -298,14 +307,31 @@ def test_nan_in_the_scores_makes_no_step_and_recovers(train, monkeypatch):
         (folder.path / f"checkpoints/step_{step:05d}/adapter_model.safetensors").read_bytes()
         for step in (1, 2, 3)
     ]
+    dump = json.loads((folder.path / "nan/step_00003.json").read_text())
+    assert len(dump["prompts"]) == 8
+    first, second = dump["prompts"][:2]
+    assert (first["score"], isinstance(second["score"], float)) == ("nan", True)
+    assert all(isinstance(row["response"], str) and isinstance(row["ended"], bool) for row in (first, second))
+    assert all(1 <= len(row["response_ids"]) <= 4 for row in dump["prompts"])
     # no step was made at 3, and the last adapter that is known to be sound is that of 1... or of 2, measured by 3
     assert weights[2] == weights[0]
+
+
+def test_an_unsound_iteration_leaves_controller_and_moments_as_they_were():
+    state = State(0.1, Moments(*torch.tensor([4.0, 1.0, 2.0])), Moments(*torch.tensor([3.0, 0.5, 1.0])), 7)
+    before = state.copy()
+    state.kl_coef, state.updates = math.nan, 9
+    state.scores = state.returns = Moments(*torch.full((3,), math.nan))
+    state.forget(before)
+    assert state.kl_coef == 0.1
+    assert [x.tolist() for x in (*state.scores, *state.returns)] == [4, 1, 2, 3, 0.5, 1]
+    assert state.updates == 9  # demonstrations go on from there
 
 
 def test_nothing_to_go_back_to_is_an_error(train, base, adapters, context, ppo_config, monkeypatch):
     monkeypatch.setattr(ppo, "score", lambda *arguments: [math.nan] * len(arguments[4]))
     monkeypatch.setattr(ppo, "check_start", lambda *arguments: None)
-    with pytest.raises(RuntimeError, match="first iteration is not sound"):
+    with pytest.raises(InputError, match="first iteration is not sound"):
         train()
 
 

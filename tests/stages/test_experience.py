@@ -153,6 +153,15 @@ def test_the_kl_of_the_models_own_distributions_whatever_is_sampled(
     assert "objective/kl_untruncated" not in plain
 
 
+@torch.no_grad()
+def test_the_kept_mass_of_raw_log_probs_is_the_samplers(actors, rollout, ppo_config):
+    config = ppo_config({}, {"top_k": 3, "logprob_mode": "raw"})
+    epoch = order.minibatches(rollout, config, 1)[0]
+    masses = [torch.linspace(0.1, 0.7, len(response)) for response in rollout.responses]
+    _, metrics = prepare(config, actors["trunk"], rollout._replace(masses=masses), SCORES, epoch)
+    assert metrics["response/kept_mass"] == pytest.approx(float(torch.cat(masses).mean()))
+
+
 def test_the_state_survives_a_checkpoint_bit_for_bit(ppo_config, three):
     state = State.start(ppo_config().ppo)
     shaped(ppo_config, three, [0.1, 0.2, 1 / 3], state, score_scaling="running")

@@ -112,7 +112,7 @@ def test_only_the_matching_check_is_waived():
     assert faults.waived(config) == {"kl"}
     ppo.check_start(sound | {"objective/kl_max": 3.0}, torch.float32, {"kl"})
     for wrong in ({"first/ratio_max": 1.1}, {"first/approxkl": 0.1}, {"rollout/logprob_difference": 1.0}):
-        with pytest.raises(RuntimeError, match="does not start"):
+        with pytest.raises(InputError, match="does not start"):
             ppo.check_start(sound | wrong, torch.float32, {"kl"})
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from rlhf_exp.errors import InputError
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.schema import PPO, Dataset, Generation, Lora, Model, Optim, PPORun, RewardSource, Views
@@ -332,7 +333,7 @@ def test_a_wrong_start_is_an_error(base, adapters, context, ppo_config, fault):
         else:
             nudge(built)
         try:
-            with pytest.raises(RuntimeError, match="does not start where SFT ended"):
+            with pytest.raises(InputError, match="does not start where SFT ended"):
                 iterate(config, built)
         finally:
             base.model.eval()
@@ -351,7 +352,7 @@ def test_a_wrong_ratio_alone_is_an_error():
     ppo.check_start(sound, torch.float32)
     small = [{"first/ratio_max": 1.0001}, {"objective/kl_max": 1e-6}, {"first/approxkl": 1e-6}]
     for wrong in [*small, {"rollout/logprob_difference": 0.01}]:
-        with pytest.raises(RuntimeError, match="does not start"):
+        with pytest.raises(InputError, match="does not start"):
             ppo.check_start(sound | wrong, torch.float32)
     ppo.check_start(sound | {"first/ratio_max": 1.04}, torch.bfloat16)
     for wrong in (
@@ -360,7 +361,7 @@ def test_a_wrong_ratio_alone_is_an_error():
         {"objective/kl_max": math.nan},
         {"first/ratio_max": math.nan},
     ):
-        with pytest.raises(RuntimeError, match="does not start"):
+        with pytest.raises(InputError, match="does not start"):
             ppo.check_start(sound | wrong, torch.bfloat16)
 
 

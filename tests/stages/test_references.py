@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -66,6 +67,17 @@ def test_score_minus_ref_is_reported_and_paid(base, adapters, context, ppo_confi
         metrics = iterate(config, actors)
     assert metrics["objective/score_minus_ref"] == pytest.approx(float((SCORES - REFERENCES).mean()))
     assert metrics["objective/scores"] == pytest.approx(float(SCORES.mean()))
+
+
+def test_a_reference_that_scored_nan_is_asked_again(base, adapters, context, ppo_config, monkeypatch):
+    config, given = ppo_config({"score_scaling": "reference"}), [[math.nan, 0.5], [0.25]]
+    monkeypatch.setattr(references, "score", lambda *arguments, **more: given.pop(0))
+    prompts = [SimpleNamespace(id=i, reference="fine") for i in (7, 8)]
+    with Roles(base) as roles:
+        actors = build_actors(config, context(sft=adapters["sft"], reward=adapters["reward"]), roles)
+        known = References(config)
+        assert math.isnan(known.scores(actors, prompts, [[5], [6]])[0])
+        assert known.scores(actors, prompts, [[5], [6]]) == [0.25, 0.5]
 
 
 def test_prompts_without_references_are_refused(ppo_config):
