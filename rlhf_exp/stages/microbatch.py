@@ -47,11 +47,9 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
     if config.memory.gb is not None:  # of the whole device, the base included
         held = 0.0
     if size_of(config):
-        need = memory.need_of(planned, facts) - held
-        if (
-            room is not None and need > room and not isinstance(config, PPORun)
-        ):  # which its self-check looks at
-            raise InputError(f"{config.stage} {memory.short(need, room, planned, facts, context.typed)}")
+        if not isinstance(config, PPORun):  # which its self-check looks at
+            need = memory.need_of(planned, facts) - held
+            distributed.agree(lambda: _require(need, room, planned, facts, context))
         return config
     candidates = free.sizes(rows_of(config, facts), whole=not isinstance(config, PPORun))
 
@@ -60,9 +58,8 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
 
     chosen = free.largest(candidates, need_of, None if room is None else MARGIN[facts.device] * room)
     if facts.device == "cuda":
-        chosen = tried_out(
-            sized(planned, chosen), context, [size for size in candidates if size <= chosen], facts
-        )
+        planned, smaller = sized(planned, chosen), [size for size in candidates if size <= chosen]
+        chosen = distributed.agree(lambda: tried_out(planned, context, smaller, facts))
     chosen = min(distributed.gather(chosen))
     room_said = "" if room is None else f" of {gigabytes(room)}"
     print(
@@ -71,6 +68,12 @@ def settle(config: R, context: Context, prompts: Ids | None = None, answers: Ids
         flush=True,
     )
     return sized(config, chosen)
+
+
+def _require(need: float, room: float | None, config: Run, facts: Facts, context: Context) -> None:
+    """InputError where it does not fit here: one rank's machine may have less than another's."""
+    if room is not None and need > room:
+        raise InputError(f"{config.stage} {memory.short(need, room, config, facts, context.typed)}")
 
 
 def already(item: Item) -> bool:

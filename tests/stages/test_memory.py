@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_exp import cli, compose
+from rlhf_exp import cli, compose, distributed
+from rlhf_exp.distributed import exchange, identity
 from rlhf_exp.errors import InputError
 from rlhf_exp.memory import counted, kernels
 from rlhf_exp.schema import Memory, Optim, Reward, Train
@@ -197,6 +198,19 @@ def test_what_does_not_fit_is_said_before_it_trains(run_config, context, monkeyp
     assert line.startswith("sft needs ")
     assert "of memory, but there are 100 kB: set " in line
     assert "'upstream.sft=train.micro_batch_size=4' (saves " in line
+
+
+def test_what_does_not_fit_on_another_rank_ends_this_one_too(run_config, context, monkeypatch):
+    """Else it would wait in its first sum for a rank that has left."""
+    config = run_config("sft", train=Train(batch_size=16, micro_batch_size=8), optim=Optim())
+    made = context()
+    monkeypatch.setattr(identity, "_place", distributed.Place(0, 2, 0))
+    other = ("InputError", ["sft needs more than there is"], None)
+    monkeypatch.setattr(exchange, "gather", lambda own: [own, other])
+    room(monkeypatch, None)
+    with pytest.raises(InputError) as caught:
+        microbatch.settle(config, made, [[1] * 7], [[1] * 5])
+    assert caught.value.problems == ["rank 1: sft needs more than there is"]
 
 
 def test_a_stage_before_the_target_gives_its_advice_as_it_is_typed(capfd, monkeypatch, tmp_path):

@@ -203,6 +203,68 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(victim, strategy, one):
     assert "continued from step" in answer["out"]
 
 
+# rank 1 ends where the others are busy: before the stages listen to signals, and while the base is loaded
+BAD_RANK = """
+import os, sys, time
+from rlhf_exp.errors import InputError
+from rlhf_exp.model import base
+from rlhf_exp.stages import plan
+
+ends = {
+    "killed": lambda: os.kill(os.getpid(), 9),
+    "refused": lambda: (_ for _ in ()).throw(InputError("too little memory here")),
+    "failed": lambda: 1 / 0,
+}
+
+def busy(*arguments, **options):
+    if RANK == "1":
+        ends[sys.argv[2]]()
+    for _ in range(600):
+        time.sleep(0.1)
+
+RANK = os.environ["RANK"]
+if sys.argv[1] == "load":
+    base.load_base = busy
+else:
+    plan.make = busy
+from rlhf_exp.cli import main
+
+code = main(sys.argv[3:])
+print(f"rank {RANK} ends with {code}", file=sys.stderr)
+sys.exit(code)
+"""
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    *("--log-dir", "logs", "--redirects", "3"),
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("where", "how", "said", "code"),
+    [
+        ("load", "killed", "is gone without a word (killed, or out of memory), so all ranks end", 1),
+        pytest.param("load", "refused", "too little memory here", 2, marks=pytest.mark.long),
+        pytest.param("load", "failed", "ZeroDivisionError: division by zero", 1, marks=pytest.mark.long),
+        pytest.param("plan", "killed", "is gone without a word", 1, marks=pytest.mark.long),
+        pytest.param("plan", "failed", "ZeroDivisionError: division by zero", 1, marks=pytest.mark.long),
+    ],
+)
+def test_torchruns_sigterm_does_not_hide_the_reason(where, how, said, code, tmp_path):
+    """It comes a tenth of a second after the end of a rank, which rank 0 would otherwise take for a wish to stop."""
+    script = tmp_path / "bad_rank.py"
+    script.write_text(BAD_RANK)
+    argv = [where, how, *STAGES["sft"], *COMMON, "strategy=ddp"]
+    done = subprocess.run([*TORCHRUN, str(script), *argv], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr  # torchrun's own
+    (log,) = tmp_path.glob("logs/*/attempt_0/0/stderr.log")
+    lines = log.read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("error:")]
+    assert "rank 1 on " in line
+    assert said in line
+    assert lines[-1] == f"rank 0 ends with {code}"
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
