@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_exp.algorithms.pairwise import wilson_interval
+from rlhf_exp.errors import InputError
 from rlhf_exp.probes.answers import Probe, Real
 
 Rows = Sequence[tuple[list[int], list[int]]]  # ids of prompt and answer
@@ -33,7 +34,8 @@ def measure(
     """Score real answers and probes and compare them.
 
     again: invariance -> chosen answers once more, in a form that should score the same (other whitespace; the same
-    ids in another batch), and what scores them. All but those are scored in one call.
+    ids in another batch), and what scores them. All but those are scored in one call. InputError for scores that are
+    not finite: comparisons with nan are all false, as if nothing were ever preferred.
     """
     order = [(i, name) for i in range(len(real)) for name in ("chosen", "rejected")]
     rows = [(real[i].prompt, getattr(real[i], name)) for i, name in order]
@@ -41,7 +43,7 @@ def measure(
         ((probe, kind) for kind, found in probes.items() for probe in found), key=lambda pair: pair[0].row
     )
     rows += [(real[probe.row].prompt, probe.ids) for probe, _ in probed]
-    scores = score(rows)
+    scores = _finite(score(rows))
     chosen, rejected = scores[: 2 * len(real) : 2], scores[1 : 2 * len(real) : 2]
     found: dict[str, list[tuple[Probe, float]]] = {kind: [] for kind in probes}
     for (probe, kind), value in zip(probed, scores[2 * len(real) :], strict=True):
@@ -114,7 +116,7 @@ def invariance(
     score: Scorer,
 ) -> dict[str, Any]:
     """Differences that should be 0, and the share of pairs that they order the other way."""
-    scores = score([(real[probe.row].prompt, probe.ids) for probe in again])
+    scores = _finite(score([(real[probe.row].prompt, probe.ids) for probe in again]))
     off = [abs(value - chosen[probe.row]) for probe, value in zip(again, scores, strict=True)]
     flips = sum(
         right(value, rejected[probe.row]) != right(chosen[probe.row], rejected[probe.row])
@@ -141,6 +143,8 @@ def lengths(real: Sequence[Real], chosen: Sequence[float], rejected: Sequence[fl
 def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     """Pearson's r with its 95 % interval by Fisher's z (1921); None where it is not defined."""
     n = len(x)
+    if n and (min(x) == max(x) or min(y) == max(y)):  # exactly: the mean of equal numbers is rounded
+        return {"r": None, "low": None, "high": None, "n": n}
     dx, dy = ([value - _mean(values) for value in values] for values in (x, y))
     power = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy)) if n else 0
     if not power:
@@ -153,9 +157,14 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 
 
 def spread(scores: Sequence[float]) -> float | None:
-    """Standard deviation (n - 1) of the real answers' scores: the unit that a shift is large or small in."""
+    """Standard deviation (n - 1) of the real answers' scores: the unit that a shift is large or small in.
+
+    Exactly 0 where all are the same, which a rounded mean would hide.
+    """
     if len(scores) < 2:
         return None
+    if min(scores) == max(scores):
+        return 0.0
     return math.sqrt(sum((score - _mean(scores)) ** 2 for score in scores) / (len(scores) - 1))
 
 
@@ -166,6 +175,16 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     found |= {f"probe/shift/{name}": part["shift"] for name, part in report["kinds"].items()}
     found |= {f"probe/length_{name}": part["r"] for name, part in report["length"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _finite(scores: list[float]) -> list[float]:
+    wrong = sum(not math.isfinite(score) for score in scores)
+    if wrong:
+        raise InputError(
+            f"the reward model's scores hold nan or inf ({wrong} of {len(scores)} probed answers): give another "
+            "adapters.reward, or train it with a lower optim.lr; if its weights are sound, set model.dtype=float32"
+        )
+    return scores
 
 
 def _share(count: float, n: int) -> dict[str, Any]:

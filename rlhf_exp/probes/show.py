@@ -84,6 +84,8 @@ def captions(report: Report) -> Iterator[str]:
     if right["share"] is not None:
         low, high = _percent(right["low"]), _percent(right["high"])
         yield f"of {right['n']} real pairs {_percent(right['share'])} % in order ({low}-{high})"
+    if report["spread"] == 0:
+        yield "all chosen answers have the same score: this model tells none apart"
     said = [
         f"{part['r']:+.2f} {words}"
         for words, part in (("over answers", length["answers"]), ("within pairs", length["pairs"]))

@@ -2,7 +2,8 @@
 
 warn says so, fail stops, patch has the reward model trained again with synthetic negatives of the kinds that are not.
 That is one more run of stage reward whose `reward.negatives` names the kinds, so it has a key of its own; the plan
-knows it once the first reward model is there. No torch here.
+knows it once the first reward model is there. A model whose scores tell no real answers apart fails whatever its
+probes are; no negatives mend it, so that patch stops too. No torch here.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ def failures(report: Mapping[str, Any], limits: Limits) -> list[Failure]:
         for kind, limit in asdict(limits).items()
         if shares.get(kind) is not None and shares[kind] > limit
     ]
+
+
+def useless(report: Mapping[str, Any]) -> str | None:
+    """What is wrong with the scores of the real answers themselves; no probe is ever above such."""
+    if any(row[name] is None for row in report["real"] for name in ("chosen", "rejected")):
+        return "gives answers scores that are nan or inf"  # written before `measure` refused them
+    return "gives all chosen answers the same score" if report.get("spread") == 0 else None
 
 
 def source_of(nodes: Iterable[Node]) -> RewardSource | None:
@@ -128,16 +136,23 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def check(plan: Plan) -> None:
-    """InputError where gate=fail, something is to learn from scores, and a model that is there must not give them."""
+    """InputError where something is to learn from scores, and a model that is there must not give them.
+
+    gate=fail: for any probe above its limit; gate=patch: for scores that say nothing.
+    """
     source = source_of(plan.nodes)
-    if source is None or source.gate != "fail" or not _learning(plan):
+    if source is None or source.gate not in ("fail", "patch") or not _learning(plan):
         return
     problems = []
     for node in _models(plan, source):
         if node.folder is None:
             continue
         report, name = report_of(node, plan.config.output_dir), f"{node.name} {node.key[:6]}"
-        if report is None:
+        if report is not None and (wrong := useless(report)):
+            problems.append(f"reward_source.gate={source.gate}: {name} {wrong}{_instead(node)}")
+        elif source.gate == "patch":
+            continue
+        elif report is None:
             problems.append(
                 f"reward_source.gate=fail: {name} was not probed: run stage=probe adapters.reward={node.folder} first"
             )
@@ -161,6 +176,8 @@ def notes(plan: Plan) -> Iterator[str]:
         report, name = report_of(node, plan.config.output_dir), f"{node.name} {node.key[:6]}"
         if report is None:
             yield f"gate: {name} was not probed: stage=probe adapters.reward={node.folder} would"
+        elif wrong := useless(report):
+            yield f"gate: {name} {wrong}{_instead(node)}"
         elif found := failures(report, source.limits):
             advice = (
                 "" if source.gate == "patch" else "; reward_source.gate=patch trains it again against them"
@@ -171,6 +188,11 @@ def notes(plan: Plan) -> Iterator[str]:
             )
         else:
             yield f"gate: {name}: all probes are within their limits{_of_how_many(report)}"
+
+
+def _instead(node: Node) -> str:
+    what = f"give another {node.setting}" if node.given else "train it again with other settings"
+    return f", from which nothing can be learned: {what}"
 
 
 def _of_how_many(report: Mapping[str, Any]) -> str:

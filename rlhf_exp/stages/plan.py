@@ -115,7 +115,7 @@ def make(config: Run, choices: dict[str, str], built: Mapping[str, RunFolder] | 
             problems += error.problems
     problems += _shared_comparisons(nodes)
     if stage in ("sft", "prefer", "reward", "probe", "dpo", "kto", "export"):
-        used = {rounds.setting(name, stage) for name in nodes}
+        used = {rounds.setting(name, stage) for name in seen}  # also what was asked for and is not there
         problems += [
             f"adapters.{name} is for stages that stand on {name}, which {stage} does not: leave it out"
             for name in ("sft", "reward", "labeller", "ppo", "dpo", "kto", "rft", "ilql")

@@ -6,8 +6,10 @@ is of what was read, so that the same runs make the same report once.
 
 from __future__ import annotations
 
+import csv
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ def run(config: ReportRun) -> float | None:
         )
     if all(trial.state == trials.CORRUPT for trial in read):
         raise InputError([f"{trial.path}: {trial.reason}" for trial in read])
+    if problems := list(unmeasured(config, read)):
+        raise InputError(problems)
     notes = [*found.notes, *notes]
     say(f"report of {len(read)} run{'s' * (len(read) != 1)}: {counted(read)}")
     if config.dry_run:
@@ -62,6 +66,24 @@ def run(config: ReportRun) -> float | None:
         folder = make(config, key, read, notes)
     show(config, folder)
     return folder.read().get("metrics", {}).get("best")
+
+
+def unmeasured(config: ReportRun, read: list[Trial]) -> Iterator[str]:
+    """That no run has a metric for an axis, where runs have some: a line for each axis, with those that there are."""
+    rows = [row for trial in read if not trial.lost for source in trial.rows.values() for row in source]
+    there = {name for row in rows for name in row.metrics}
+    report = config.report
+    for key, names in (("objectives", report.objectives), ("kl", [report.kl])):
+        if there and there.isdisjoint(names):
+            given = comparison.written(report.objectives if key == "objectives" else report.kl)
+            others = {report.kl} if key == "objectives" else set()
+            shown = sorted((name for name in there - others if not name.endswith("_se")), key=_of_logs)
+            yield f"report.{key}={given}: no run has such a metric; there are {', '.join(shown)}"
+
+
+def _of_logs(name: str) -> tuple[bool, str]:
+    """Metrics of evaluations, and their names in training curves, come before what only training logs."""
+    return "/" in name, name
 
 
 def say(line: str) -> None:
@@ -178,11 +200,17 @@ def facts(config: ReportRun, folder: RunFolder, read: list[Trial]) -> dict[str, 
     return found
 
 
+def _decides(folder: RunFolder) -> str:
+    """The objective of the first picture: the first of report.objectives that was measured."""
+    with (folder.path / REPORT / TABLES / "pareto.csv").open(encoding="utf-8", newline="") as file:
+        return next(csv.DictReader(file))["objective"]
+
+
 def show(config: ReportRun, folder: RunFolder) -> None:
     """The last lines: where things are."""
     metrics = folder.read().get("metrics", {})
     if "best" in metrics:
-        name = config.report.objectives[0]
+        name = _decides(folder)
         most = "at most " if metrics.get("best_kl_is_bound") else ""
         say(f"highest {name} {metrics['best']:.4g} at KL {most}{metrics['best_kl']:.4g}")
     say(f"\nrun folder   {folder.path}")

@@ -258,6 +258,25 @@ def test_an_adapter_that_is_not_there(refused_sft, copied, break_it, problem):
     assert refused_sft("peft") == [problem]
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("stage=probe",), "reward"),
+        (("stage=export", "export.role=reward"), "reward"),
+        (("stage=dpo",), "sft"),
+        (("stage=prefer", "prefer.labellers=[learned]"), "labeller"),
+        (("stage=prefer", "prefer.policies=[ppo]"), "ppo"),
+        (("stage=reward", "dataset.comparisons_from=prefer"), "labeller"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_adapter_that_is_not_there_is_not_also_one_too_many(refused, words, key):
+    """The stage does stand on it: no second line may say to leave it out."""
+    assert refused(*words, *TINY, f"adapters.{key}=nowhere") == [
+        f"adapters.{key}=nowhere: there is no such folder"
+    ]
+
+
 def test_an_mlflow_run_that_is_not_there(refused_sft, smoke, refused):
     (line,) = refused_sft("runs:/0123")
     assert without_name(line) == (

@@ -8,6 +8,7 @@ import math
 import pytest
 from scipy.stats import binomtest, pearsonr
 
+from rlhf_exp.errors import InputError
 from rlhf_exp.probes import measure
 from rlhf_exp.probes.answers import Probe
 
@@ -75,6 +76,30 @@ def test_the_real_pairs(report):
     assert report["spread"] == 1.0  # of 4, 3, 2
 
 
+def test_the_spread_of_equal_scores_is_0_exactly():
+    assert measure.spread([0.1] * 3) == 0.0  # their rounded mean is not .1
+    assert measure.spread([1.0]) is None
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused(real, wrong):
+    """One of seven; of what is scored once more, one of two."""
+
+    def broken(rows):
+        return [*longer_is_better(rows[:-1]), wrong]
+
+    with pytest.raises(InputError) as error:
+        measure.measure(real, {"empty": [Probe(2, "", [2])]}, broken)
+    (line,) = error.value.problems
+    assert line == (
+        "the reward model's scores hold nan or inf (1 of 7 probed answers): give another adapters.reward, or train "
+        "it with a lower optim.lr; if its weights are sound, set model.dtype=float32"
+    )
+    again = {"padding": ([Probe(0, "", [7]), Probe(1, "", [7])], broken)}
+    with pytest.raises(InputError, match=r"nan or inf \(1 of 2 probed answers\)"):
+        measure.measure(real, {}, longer_is_better, again)
+
+
 def test_a_tie_of_a_real_pair_is_half_right():
     assert measure.accuracy([1.0, 2.0], [1.0, 3.0])["share"] == 0.25
 
@@ -98,6 +123,7 @@ def test_correlation_is_pearsons_with_fishers_interval():
     interval = expected.confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
     assert measure.correlation([1, 1, 1], [1, 2, 3])["r"] is None
+    assert measure.correlation([1, 2, 4], [0.1, 0.1, 0.1])["r"] is None
     assert measure.correlation([], [])["r"] is None
 
 

@@ -53,6 +53,13 @@ def test_the_table_fits_and_says_all(report):
     assert "score and length correlate +1.00 over answers, +1.00 within pairs" in " ".join(lines)
 
 
+def test_a_scorer_that_tells_nothing_apart_is_told(report, real):
+    said = "all chosen answers have the same score: this model tells none apart"
+    assert said not in " ".join(text(show.table(report)))
+    flat = measure(real, {"empty": [Probe(0, "", [2])]}, lambda rows: [0.1] * len(rows))
+    assert said in " ".join(text(show.table(flat)))
+
+
 def test_the_table_with_what_was_before_fits_too(report, real):
     before = measure(real, {"empty": [Probe(0, "", [2] * 9)], "thanks": []}, longer)
     lines = text(show.table(report, before=before))

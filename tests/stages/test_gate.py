@@ -124,6 +124,47 @@ def test_nothing_is_looked_at_where_nothing_is_to_be_trained_on_scores(plan):
     assert list(gate.notes(todo)) == []
 
 
+# ---------------------------------------------------------------- scores that say nothing
+
+FLAT = report() | {"spread": 0.0}
+NAN = report() | {"spread": None, "real": [{"id": 1, "chosen": None, "rejected": None}]}
+SAME_SCORE = (
+    "reward ababab gives all chosen answers the same score, from which nothing can be learned: train it again with "
+    "other settings"
+)
+
+
+@pytest.mark.parametrize("action", ["fail", "patch"])
+def test_a_model_that_tells_nothing_apart_stops(plan, action):
+    """No probe is above its limit, and so there is nothing to patch either."""
+    todo = plan(FLAT, gate=action)
+    assert gate.failures(FLAT, Limits()) == []
+    assert gate.patched(todo.nodes[0], {node.name: node for node in todo.nodes}) is None
+    with pytest.raises(InputError) as error:
+        gate.check(todo)
+    assert error.value.problems == [f"reward_source.gate={action}: {SAME_SCORE}"]
+    todo.nodes[0].given, todo.nodes[0].setting = todo.nodes[0].folder, "adapters.reward"
+    with pytest.raises(InputError, match=r"learned: give another adapters\.reward$"):
+        gate.check(todo)
+    gate.check(plan(report() | {"spread": 0.5}, gate=action))
+
+
+def test_under_warn_it_is_a_line(plan):
+    todo = plan(FLAT, gate="warn")
+    assert list(gate.notes(todo)) == [f"gate: {SAME_SCORE}"]
+    gate.check(todo)
+    off = plan(FLAT, gate="off")
+    gate.check(off)
+    assert list(gate.notes(off)) == []
+
+
+def test_nan_in_a_report_of_before_it_was_refused_is_seen(plan):
+    (line,) = gate.notes(plan(NAN, gate="warn"))
+    assert line.startswith("gate: reward ababab gives answers scores that are nan or inf, from which nothing")
+    with pytest.raises(InputError, match="reward ababab gives answers scores that are nan or inf"):
+        gate.check(plan(NAN, gate="fail"))
+
+
 # ---------------------------------------------------------------- warn
 
 

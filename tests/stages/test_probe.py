@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from rlhf_exp.data.load import load_view
 from rlhf_exp.errors import InputError
-from rlhf_exp.schema import PROBES, SAME, Probe, Reward, Train
+from rlhf_exp.schema import PROBES, SAME, Limits, Probe, Reward, Train
 from rlhf_exp.stages import gate, probe, reward
 from rlhf_exp.store.runs import FINISHED
 
@@ -137,6 +138,28 @@ def test_pairs_whose_answer_is_cut_are_left_out_and_without_any_it_is_an_error(
     assert said in capsys.readouterr().out
     with pytest.raises(InputError, match=r"of at most dataset\.max_response_tokens=3 tokens: raise it"):
         probe.run(config({"max_response_tokens": 3}), context("none", reward=adapters["reward"]))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_head_that_says_nothing(adapters, config, context, tmp_path, value):
+    """Zeros: every score is the bias, and the gate sees it; nan is refused, and no report is written."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapters["reward"], tmp_path / "broken")
+    file = tmp_path / "broken" / "head.safetensors"
+    save_file(load_file(file) | {"weight": torch.full_like(load_file(file)["weight"], value)}, file)
+    given = context(reward=tmp_path / "broken")
+    if value:
+        with pytest.raises(
+            InputError, match=r"nan or inf \(\d+ of \d+ probed answers\): give another adapters"
+        ):
+            probe.run(config(), given)
+        assert not (given.folder.path / gate.PROBE).exists()
+    else:
+        probe.run(config(), given)
+        assert report_of(given)["spread"] == 0 and report_of(given)["accuracy"]["share"] == 0.5
+        assert gate.failures(report_of(given), Limits()) == []
+        assert gate.useless(report_of(given)) == "gives all chosen answers the same score"
 
 
 def test_the_base_is_as_before(base, adapters, config, context, fingerprint, unchanged):

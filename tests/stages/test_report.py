@@ -189,6 +189,38 @@ def test_bad_input_is_one_line(report, tmp_path, words, said):
     assert made(tmp_path) == []
 
 
+# no standard errors; what evaluations have comes first
+THERE = ("gold", "length", "reward", "win_rate")
+LOGGED = ("objective/gold", "objective/kl", "objective/scores", "time/update")
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "more"),
+    [
+        (["report.objectives=[rougeL]"], "report.objectives=[rougeL]", []),
+        (["report.objectives=[rougeL,foo]", "dry_run=true"], "report.objectives=[rougeL,foo]", []),
+        (["report.kl=kl_full"], "report.kl=kl_full", ["kl"]),
+    ],
+    ids=["objective", "objectives", "x-axis"],
+)
+def test_an_axis_that_nobody_measured(sweep, report, tmp_path, words, key, more):
+    there = ", ".join([*sorted([*THERE, *more]), *LOGGED])
+    line = f"error: {key}: no run has such a metric; there are {there}"
+    assert report(f"inputs={sweep}", *words) == (2, [], [line])
+    assert made(tmp_path) == []
+
+
+def test_one_objective_that_was_measured_is_enough(sweep, report, tmp_path):
+    code, out, _ = report(f"inputs={sweep}", "report.objectives=[rougeL,length]")
+    assert code == 0 and out[1] == "highest length 5 at KL 0"
+    assert {row["objective"] for row in rows(made(tmp_path)[0], "points")} == {"length"}
+
+
+def test_runs_without_any_figure_still_make_a_page(report, tmp_path):
+    write_run(tmp_path / "all", "dpo", state="FAILED", error="ValueError: no")
+    assert report(f"inputs={tmp_path / 'all'}", "report.objectives=[foo]")[0] == 0
+
+
 def test_every_input_that_names_nothing_is_a_line(report, tmp_path, sweep):
     code, _, err = report(f"inputs=[nowhere,{sweep},elsewhere]")
     assert code == 2
