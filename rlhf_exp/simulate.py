@@ -209,8 +209,13 @@ def table(options: argparse.Namespace) -> list[str]:
     """A row for each strategy and number of ranks."""
     if "zero3" in options.strategies and not options.base_gb:
         raise InputError("zero3 gathers the base's layers: say with --base-gb how large they are")
-    if min(options.ranks) < 1 or options.bandwidth <= 0 or options.latency < 0:
-        raise InputError("--ranks and --bandwidth must be more than 0, --latency at least 0")
+    for name in ("ranks", "rows", "layers", "bandwidth"):
+        given = getattr(options, name)
+        least = min(given) if isinstance(given, list) else given
+        if least is not None and not least > 0:
+            raise InputError(f"--{name} must be more than 0, got {least:g}")
+    if options.latency < 0 or options.base_gb < 0:
+        raise InputError("--latency and --base-gb must be at least 0")
     found = [read(folder) for folder in options.runs[:2]]
     if len(found) == 2 and found[0][0] == found[1][0]:
         raise InputError(

@@ -98,7 +98,11 @@ def test_the_table_of_a_run(tmp_path, capsys):
         (["nowhere"], "is no run folder"),
         (["a", "--strategies", "zero3"], "say with --base-gb"),
         (["a", "b"], "both runs have 8 answers an iteration"),
-        (["a", "--ranks", "0"], "must be more than 0"),
+        (["a", "--ranks", "2", "0"], "--ranks must be more than 0, got 0"),
+        (["a", "--rows", "0"], "--rows must be more than 0, got 0"),
+        (["a", "--layers", "0", "--strategies", "zero3", "--base-gb", "1"], "--layers must be more than 0"),
+        (["a", "--bandwidth", "0"], "--bandwidth must be more than 0"),
+        (["a", "--base-gb", "-1"], "must be at least 0"),
         (["empty"], "no PPO run with an iteration"),
     ],
 )

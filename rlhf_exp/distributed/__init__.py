@@ -12,7 +12,16 @@ How work is divided is told in strategies/__init__.py. Nothing heavy is imported
 """
 
 from rlhf_exp.distributed.exchange import agree, barrier, everywhere, from_main, gather
-from rlhf_exp.distributed.identity import Place, environment, is_main, name, place, rank, world_size
+from rlhf_exp.distributed.identity import (
+    Place,
+    environment,
+    is_main,
+    name,
+    on_this_machine,
+    place,
+    rank,
+    world_size,
+)
 from rlhf_exp.distributed.meeting import part, silence, start, start_alone
 from rlhf_exp.distributed.rows import mine, shares, turns
 from rlhf_exp.distributed.sums import add, highest, sum_gradients, sum_tensors, union
@@ -30,6 +39,7 @@ __all__ = [
     "is_main",
     "mine",
     "name",
+    "on_this_machine",
     "part",
     "place",
     "rank",

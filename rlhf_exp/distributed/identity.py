@@ -79,6 +79,12 @@ def is_main() -> bool:
     return place().rank == 0
 
 
+def on_this_machine() -> int:
+    """How many of the ranks share this machine: as the starter says, else all of them."""
+    said = _taken.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ""
+    return min(int(said), world_size()) if said.isdecimal() and int(said) else world_size()
+
+
 def name() -> str:
     """Of this rank, for people."""
     return f"rank {rank()} on {socket.gethostname()}"

@@ -6,5 +6,5 @@ logits.py        what is held of them                                   training
 sampling.py      ppo, rft, eval, prefer; the KV cache                   parts.py        all that a stage holds
 strategies.py    how ranks divide it                                    levers.py       what would make it smaller
 free.py          what there is; the micro-batch                         table.py        the table of dry_run=true
-kernels.py       what oneDNN compiles on a CPU
+kernels.py       what oneDNN compiles on a CPU          travel.py       what ranks send
 """

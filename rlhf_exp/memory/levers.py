@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from rlhf_exp.schema import PPORun, RewardRun, Run
+from rlhf_exp.schema import PPORun, RewardRun, Run, Strategy
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,18 @@ LEAST = 0.001  # of the peak, that a lever has to save
 Changed = tuple[str, Run, str]  # the setting, the config with it, what to know of it
 
 
-def levers(config: Run, need: Callable[[Run], float], device: str, ranks: int) -> list[Lever]:
-    """Those that save something, the largest first. need: bytes of a config's peak on a rank."""
+def levers(
+    config: Run, need: Callable[[Run], float], allowed: Callable[[Run], bool], device: str, ranks: int
+) -> list[Lever]:
+    """Those that save something, the largest first.
+
+    need: bytes of a config's peak on a rank. allowed: whether a changed config would run.
+    """
     now = need(config)
     found = [
         Lever(setting, now - need(changed), note)
         for setting, changed, note in _changes(config, device, ranks)
+        if allowed(changed)
     ]
     return sorted((lever for lever in found if lever.saving > LEAST * now), key=lambda lever: -lever.saving)
 
@@ -46,7 +52,7 @@ def _changes(config: Run, device: str, ranks: int) -> Iterator[Changed]:
             "model.quantization=4bit",
         )
         if config.strategy.name in ("zero3", "zero3_offload"):  # DeepSpeed shards no quantised weights
-            changed = replace(changed, strategy=replace(config.strategy, name="zero2"))
+            changed = replace(changed, strategy=Strategy(name="zero2"))
             setting += " strategy=zero2"
         yield setting, changed, "QLoRA; changes the result"
     if full:
@@ -57,11 +63,7 @@ def _changes(config: Run, device: str, ranks: int) -> Iterator[Changed]:
         )
     for name in ("zero2", "zero3", "zero3_offload"):
         if ranks > 1 and config.strategy.name in ("single", "ddp", "zero1"):
-            yield (
-                f"strategy={name}",
-                replace(config, strategy=replace(config.strategy, name=name)),
-                "more traffic",
-            )
+            yield f"strategy={name}", replace(config, strategy=Strategy(name=name)), "more traffic"
 
 
 def _smaller_batch(config: Run) -> Iterator[Changed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from rlhf_exp.memory import activations
 from rlhf_exp.memory.activations import FLOAT
@@ -71,6 +72,27 @@ def cache(model: Architecture, width: int, batch: Batch, steps: int) -> float:
     return 2.0 * batch.rows * (plain + windowed) * model.key * width
 
 
+class Hand(NamedTuple):
+    """Rows that one rank has of a PPO minibatch, and of those the rows of a forward."""
+
+    mine: int
+    rows: int
+
+
+def hand(config: PPORun, facts: Facts) -> Hand:
+    ppo = config.ppo
+    mine = math.ceil(ppo.batch_size * ppo.samples_per_prompt / ppo.minibatches / facts.ranks)
+    rows = min(mine, ppo.micro_batch_size or mine)
+    if ppo.micro_batch_tokens:
+        length = config.dataset.max_prompt_tokens + config.generation.max_new_tokens
+        rows = max(1, min(rows, ppo.micro_batch_tokens // length))
+    return Hand(mine, rows)
+
+
+def own_critic(config: PPORun) -> bool:
+    return config.ppo.estimator == "gae" and config.ppo.critic == "own"
+
+
 def ppo(config: PPORun, facts: Facts) -> Iterator[Item]:
     ppo, model, adapter = config.ppo, facts.model, numbers(config, facts)
     yield from trained("policy", adapter, config, facts)
@@ -81,18 +103,13 @@ def ppo(config: PPORun, facts: Facts) -> Iterator[Item]:
     if ppo.ema_decay:
         yield frozen("ema", adapter)
     critic = ppo.estimator == "gae"
-    own = critic and ppo.critic == "own"
+    own = own_critic(config)
     if critic:
         yield from trained("critic", (adapter if own else 0) + model.hidden + 1, config, facts)
-    prompts = math.ceil(ppo.batch_size / facts.ranks)
-    whole = Batch(
-        prompts * ppo.samples_per_prompt, config.dataset.max_prompt_tokens, config.generation.max_new_tokens
-    )
+    answers = math.ceil(ppo.batch_size * ppo.samples_per_prompt / facts.ranks)
+    whole = Batch(answers, config.dataset.max_prompt_tokens, config.generation.max_new_tokens)
     yield from rollout(facts, whole)
-    mine = math.ceil(whole.rows / ppo.minibatches)
-    rows = min(mine, ppo.micro_batch_size or mine)
-    if ppo.micro_batch_tokens:
-        rows = max(1, min(rows, ppo.micro_batch_tokens // whole.length))
+    rows = hand(config, facts).rows
     batch = replace(whole, rows=rows)
     if facts.scorers:
         yield scoring(facts, batch)

@@ -1,4 +1,4 @@
-"""What a strategy leaves on each rank of what one process would hold, and what travels between ranks in a step.
+"""What a strategy leaves on each rank of what one process would hold.
 
 Rows are divided before, in parts.py. Here: ddp holds weights, gradients and moments whole on every rank; zero1 and
 zero2 a share of the moments; zero3 besides a share of the frozen base's layers, of which one layer is gathered for as
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rlhf_exp.memory.architecture import Architecture
-from rlhf_exp.memory.counted import BYTES, DECODE, GRADIENTS, OPTIMISER, PARAMETERS, PREFILL, Item, phases
+from rlhf_exp.memory.counted import BYTES, DECODE, OPTIMISER, PARAMETERS, PREFILL, Item, phases
 
 SHARDED_MOMENTS = ("zero1", "zero2", "zero3", "zero3_offload")
 SHARDED_BASE = ("zero3", "zero3_offload")
@@ -62,39 +62,3 @@ def _base(
         gathered = min(layers, GATHERED * layers / model.layers)
         device.append(replace(item, bytes=gathered, phases=other, label=f"{GATHERED} layers, gathered"))
     return device, host
-
-
-@dataclass(frozen=True)
-class Volume:
-    """Bytes that a rank sends in one optimiser step, and in one rollout."""
-
-    step: float
-    rollout: float
-    why: str
-
-
-def volume(
-    strategy: str, ranks: int, items: Iterable[Item], model: Architecture, dtype: str, passes: int
-) -> Volume:
-    """What a rank sends, by ring algorithms: all-reduce 2 (n - 1) / n of the bytes, all-gather (n - 1) / n.
-
-    passes: forwards and backwards through the base in an optimiser step; each gathers all layers under zero3. With
-    LoRA only adapters' gradients are summed: the frozen base has none.
-    """
-    if ranks == 1:
-        return Volume(0.0, 0.0, "one rank")
-    items = list(items)
-    ring = (ranks - 1) / ranks
-    gradients = sum(item.bytes for item in items if item.kind == GRADIENTS)
-    step, why = 2 * ring * gradients, "gradients of adapters and heads, summed"
-    if strategy in SHARDED_MOMENTS:
-        # DeepSpeed sums them once more (zero_adamw.py), and gathers what each rank has stepped
-        step, why = 5 * ring * gradients, "gradients summed twice, stepped weights gathered"
-    rollout = 0.0
-    if strategy in SHARDED_BASE:
-        base = sum(i.bytes for i in items if i.role == "base" and i.kind == PARAMETERS and not i.label)
-        layers = max(0.0, base - model.by_token * BYTES[dtype])
-        step += passes * ring * layers
-        rollout = ring * layers
-        why += ", layers gathered in every forward and backward"
-    return Volume(step, rollout, why)

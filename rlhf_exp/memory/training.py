@@ -37,6 +37,13 @@ def micro_rows(config: Run, facts: Facts, batch: int) -> int:
     return min(mine, settings.micro_batch_size or mine)
 
 
+def pairs(config: RewardRun, facts: Facts) -> int:
+    """Of a forward on one rank: by their number, and by their tokens."""
+    found, limit = micro_rows(config, facts, config.train.batch_size), config.reward.micro_batch_tokens
+    prompt, answer = written(config)
+    return max(1, min(found, limit // (prompt + 2 * answer))) if limit else found
+
+
 def written(config: Run) -> tuple[int, int]:
     """Tokens of the longest prompt and answer of the data."""
     return config.dataset.max_prompt_tokens, config.dataset.max_response_tokens
@@ -64,18 +71,15 @@ def reward(config: RewardRun, facts: Facts) -> Iterator[Item]:
     forward = forward_of(config, facts)
     yield from trained("reward", numbers(config, facts) + model.hidden + 1, config, facts)
     prompt, answer = written(config)
-    pairs = micro_rows(config, facts, config.train.batch_size)
-    pair = prompt + 2 * answer
-    if reward.micro_batch_tokens:
-        pairs = max(1, min(pairs, reward.micro_batch_tokens // pair))
+    rows = pairs(config, facts)
     compared = answer if reward.loss == "token_wise" else 1
-    heads = 2 * pairs * compared * model.hidden * (facts.width + FLOAT)
+    heads = 2 * rows * compared * model.hidden * (facts.width + FLOAT)
     if reward.share_prompts:
-        kept = activations.kept_pairs(model, forward, pairs, prompt, answer, answer)
-        tokens = pairs * pair
+        kept = activations.kept_pairs(model, forward, rows, prompt, answer, answer)
+        tokens = rows * (prompt + 2 * answer)
     else:
-        tokens = 2 * pairs * (prompt + answer)
-        kept = activations.kept(model, forward, 2 * pairs, prompt + answer)
+        tokens = 2 * rows * (prompt + answer)
+        kept = activations.kept(model, forward, 2 * rows, prompt + answer)
     yield Item("reward", KEPT, kept + heads, TRAIN)
     yield Item("reward", PASSING, activations.backward(model, forward.width, tokens), (BACKWARD,))
 

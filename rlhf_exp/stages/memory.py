@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from rlhf_exp import compose, distributed
 from rlhf_exp.errors import InputError
-from rlhf_exp.memory import architecture, counted, free, parts, strategies, table, weights
+from rlhf_exp.memory import architecture, counted, free, parts, strategies, table, travel, weights
 from rlhf_exp.memory.architecture import Architecture
 from rlhf_exp.memory.counted import Facts, Item
 from rlhf_exp.memory.levers import Lever, levers
 from rlhf_exp.memory.strategies import Rank
 from rlhf_exp.memory.table import gigabytes
-from rlhf_exp.schema import PPORun, Run
+from rlhf_exp.schema import PPORun, Run, problems
 from rlhf_exp.stages import second_models
 from rlhf_exp.stages.nodes import Node, Plan
 from rlhf_exp.stages.preflight import planned, targets_of
+from rlhf_exp.strategies import require
 
 SHARED = ("model", "strategy", "memory")
 
@@ -46,7 +48,7 @@ def of_node(node: Node, plan: Plan) -> Iterator[str]:
         yield from _separate(config, facts, node)
     yield from _logits(config, facts)
     if facts.ranks > 1:
-        yield _travels(config, facts, alone)
+        yield from _travels(config, facts, alone)
     room = None if planned(plan) and config.memory.gb is None else room_of(config, facts.device)
     if room is not None:
         verdict = "fits into" if need <= room else "does NOT fit into"
@@ -87,17 +89,19 @@ def _separate(config: PPORun, facts: Facts, node: Node) -> Iterator[str]:
 def _logits(config: Run, facts: Facts) -> Iterator[str]:
     """What working through logits in chunks saves: it is always on."""
     found = [item for item in parts.items(config, facts) if item.whole]
-    if found:
-        held, whole = (
-            gigabytes(sum(bytes_)) for bytes_ in zip(*((i.bytes, i.whole) for i in found), strict=True)
-        )
-        yield f"log-probs in chunks (always on): {held} in place of {whole}"
+    held, whole = sum(item.bytes for item in found), sum(item.whole for item in found)
+    if held < whole:
+        yield f"log-probs in chunks (always on): {gigabytes(held)} in place of {gigabytes(whole)}"
 
 
-def _travels(config: Run, facts: Facts, alone: list[Item]) -> str:
-    found = strategies.volume(config.strategy.name, facts.ranks, alone, facts.model, facts.dtype, passes=2)
-    more = f", {gigabytes(found.rollout)} a rollout" if found.rollout else ""
-    return f"sent by each rank: {gigabytes(found.step)} an optimiser step ({found.why}){more}"
+def _travels(config: Run, facts: Facts, alone: list[Item]) -> Iterator[str]:
+    found = travel.volume(config, facts, alone)
+    said = [f"{gigabytes(found.step)} an optimiser step ({found.why})"] if hasattr(config, "optim") else []
+    if found.rollout:
+        scored = " and its scores" if isinstance(config, PPORun) else ""
+        said.append(f"{gigabytes(found.rollout)} a rollout{scored}")
+    if said:
+        yield f"sent by each rank: {', '.join(said)}"
 
 
 # ---------------------------------------------------------------- what is counted
@@ -150,21 +154,39 @@ def need_of(config: Run, facts: Facts) -> float:
 
 
 def helps(config: Run, facts: Facts) -> list[Lever]:
-    return levers(config, lambda other: need_of(other, facts), facts.device, facts.ranks)
+    """The levers that this program would take: advice that it then refuses is none."""
+    known = set(_refused(config, facts))
+
+    def allowed(changed: Run) -> bool:
+        return known.issuperset(_refused(changed, facts))
+
+    return levers(config, lambda other: need_of(other, facts), allowed, facts.device, facts.ranks)
+
+
+def _refused(config: Run, facts: Facts) -> Iterator[str]:
+    yield from problems(config)
+    yield from require.stage_problems(config, facts.ranks)
 
 
 # ---------------------------------------------------------------- whether it fits
 
 
 def room_of(config: Run, device: str) -> float | None:
-    """Bytes there are: memory.gb, else what is free; None where nobody says."""
+    """Bytes there are for a rank: memory.gb, else its share of what is free; None where nobody says.
+
+    Ranks on one machine, or of one GPU, share its memory alike.
+    """
     if config.memory.gb is not None:
         return config.memory.gb * 1e9
     if device == "cuda":
         import torch
 
-        return float(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
-    return free.of_host()
+        if not torch.cuda.is_available():
+            return None
+        sharing = math.ceil(distributed.on_this_machine() / torch.cuda.device_count())
+        return float(torch.cuda.mem_get_info()[0]) / sharing
+    found = free.of_host()
+    return None if found is None else found / distributed.on_this_machine()
 
 
 def require_weights(plan: Plan) -> None:

@@ -129,8 +129,8 @@ def sized(config: R, size: int) -> R:
 def rows_of(config: Run, facts: Facts) -> int:
     """The most rows (pairs) of a forward: a batch's, or a minibatch's of PPO; on one rank."""
     if isinstance(config, PPORun):
-        rows = math.ceil(config.ppo.batch_size / facts.ranks) * config.ppo.samples_per_prompt
-        return math.ceil(rows / config.ppo.minibatches)
+        rows = config.ppo.batch_size * config.ppo.samples_per_prompt // config.ppo.minibatches
+        return math.ceil(rows / facts.ranks)
     return config.train.batch_size
 
 

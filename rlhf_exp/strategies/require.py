@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_exp import distributed
 from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean, leaves
-from rlhf_exp.schema import PPORun, Run
+from rlhf_exp.schema import DPORun, KTORun, PPORun, RewardRun, Run
 
 if TYPE_CHECKING:
     from rlhf_exp.stages.nodes import Plan
@@ -190,14 +190,14 @@ def _folder(key: str, given: Any) -> Iterator[str]:
 
 def stage_problems(config: Run, ranks: int) -> Iterator[str]:
     """Of the config of a stage that is to be trained."""
-    name, found = config.strategy.name, batch_of(config)
-    if found is not None and found[1] < ranks:
-        key, rows = found[:2]
-        what = ("prompt" if key == "ppo.batch_size" else "row") + "s" * (rows > 1)
-        yield (
-            f"{config.stage}: {ranks} ranks, but {rows} {what} in a batch ({key}): each rank needs one; raise the "
-            "batch, or start fewer ranks"
-        )
+    name = config.strategy.name
+    for key, count, what in _shared_out(config):
+        if count < ranks:
+            yield (
+                f"{config.stage}: {ranks} ranks, but {count} {what}{'s' * (count > 1)} in a batch ({key}): each rank "
+                "needs one; raise the batch, or start fewer ranks"
+            )
+            break
     if STAGES.get(name) and config.lora.full:
         yield (
             f"lora.full trains every weight of the base, strategy={name} shards what belongs to adapters: use "
@@ -210,6 +210,15 @@ def stage_problems(config: Run, ranks: int) -> Iterator[str]:
             f"model.quantization={config.model.quantization} packs weights in a form that strategy={name} cannot "
             "shard: use zero2"
         )
+
+
+def _shared_out(config: Run) -> Iterator[tuple[str, int, str]]:
+    """What the ranks share out: the key that says how many there are, how many, and what they are called."""
+    if isinstance(config, PPORun):
+        yield "ppo.batch_size", config.ppo.batch_size, "prompt"
+    if found := batch_of(config):
+        key, rows = found[:2]
+        yield key, rows, "pair" if isinstance(config, RewardRun | DPORun | KTORun) else "row"
 
 
 # ---------------------------------------------------------------- the same everywhere

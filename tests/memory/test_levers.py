@@ -30,13 +30,13 @@ def model(tiny_path):
     return architecture.of_folder(tiny_path, shapes.of_model(tiny_path))
 
 
-def savings(config, facts: Facts) -> dict[str, float]:
+def savings(config, facts: Facts, allowed=lambda changed: True) -> dict[str, float]:
     def need(other) -> float:
         items = parts.items(other, facts)
         rank = strategies.on_rank(items, other.strategy.name, facts.ranks, facts.model, facts.dtype)
         return counted.peak(rank.device)[1]
 
-    return {found.setting: found.saving for found in levers(config, need, facts.device, facts.ranks)}
+    return {found.setting: found.saving for found in levers(config, need, allowed, facts.device, facts.ranks)}
 
 
 @pytest.fixture
@@ -100,6 +100,12 @@ def test_ranks_shard_the_moments(facts):
     config = config_of(SFTRun)
     found = savings(config, replace(facts, ranks=4))
     assert found["strategy=zero2"] == 6 * ADAPTER
+
+
+def test_what_would_be_refused_is_no_lever(facts):
+    found = savings(config_of(SFTRun), replace(facts, ranks=4), lambda other: other.strategy.name != "zero3")
+    assert "strategy=zero2" in found
+    assert "strategy=zero3" not in found
 
 
 def test_chunks_of_logits(facts):

@@ -17,6 +17,7 @@ from rlhf_exp.memory import (
     strategies,
     table,
     training,
+    travel,
     weights,
 )
 from rlhf_exp.memory.counted import Batch, Facts, Item
@@ -36,6 +37,7 @@ from rlhf_exp.schema import (
     Reward,
     RewardRun,
     SFTRun,
+    Strategy,
     Train,
 )
 
@@ -303,16 +305,57 @@ def test_zero3_gathers_all_layers_to_sample(facts):
 def test_what_travels(facts):
     """Of 4 ranks each sends 2 * 3/4 of the gradients; ZeRO again, and the stepped weights; ZeRO-3 the layers too."""
     found = parts.items(config_of(SFTRun), facts)
-    sent = {
-        name: strategies.volume(name, 4, found, facts.model, "float32", passes=2)
-        for name in ("ddp", "zero2", "zero3")
-    }
+    config = config_of(SFTRun)
+
+    def volume(name: str, ranks: int = 4) -> travel.Volume:
+        config.strategy = Strategy(name=name)
+        return travel.volume(config, replace(facts, ranks=ranks), found)
+
+    sent = {name: volume(name) for name in ("ddp", "zero2", "zero3")}
     gradients, layers = 4 * ADAPTER, 4 * (NUMBERS - 512 * 64)
     assert sent["ddp"].step == pytest.approx(1.5 * gradients)
     assert sent["zero2"].step == pytest.approx(3.75 * gradients)
     assert sent["zero3"].step == pytest.approx(3.75 * gradients + 2 * 0.75 * layers)
-    assert (sent["ddp"].rollout, sent["zero3"].rollout) == (0, pytest.approx(0.75 * layers))
-    assert strategies.volume("ddp", 1, found, facts.model, "float32", 2).step == 0
+    assert (sent["ddp"].rollout, sent["zero3"].rollout) == (0, 0)  # nothing is sampled
+    assert volume("ddp", 1).step == 0
+    # 8 rows of an optimiser step are 2 a rank: cut into single ones, they are 2 forwards and 2 backwards
+    config.train.micro_batch_size = 1
+    assert volume("zero3").step == pytest.approx(3.75 * gradients + 4 * 0.75 * layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "step", "rollout"),
+    [
+        # of 8 prompts and 3 answers each: 12 a rank, in forwards of 4
+        ({}, 2, 2 * 3, 1 + 3 * 3),
+        # of a minibatch 3 a rank; of the rollout 12
+        ({"minibatches": 4}, 2, 2 * 1, 1 + 3 * 4),
+        # 5 on the fullest rank
+        ({"micro_batch_size": 2}, 5, 2 * 3, 1 + 3 * 3),
+        # its own critic's forward besides, in the update and in the scores
+        ({"critic": "own"}, 2, 4 * 3, 1 + 4 * 3),
+        # rows of 16 tokens, so that 35 take two
+        ({"micro_batch_tokens": 35}, 2, 2 * 6, 1 + 3 * 6),
+    ],
+)
+def test_ppos_forwards_and_backwards(facts, settings, ranks, step, rollout):
+    """Each micro-batch has both; the scores are three forwards of every answer, sampling gathers once."""
+    config = ppo(samples_per_prompt=3, **settings)
+    assert travel.passes(config, replace(facts, ranks=ranks)) == travel.Passes(step, rollout)
+
+
+def test_pairs_of_few_tokens_are_more_forwards(facts):
+    """8 pairs of 22 tokens on 2 ranks: all 4 of a rank at once, or two by two."""
+    for tokens, step in ((0, 2), (50, 4)):
+        config = config_of(RewardRun, reward=Reward(micro_batch_tokens=tokens))
+        assert travel.passes(config, replace(facts, ranks=2)) == travel.Passes(step, 0)
+
+
+def test_answers_are_dealt_one_by_one(facts):
+    """5 prompts of 3 answers on 2 ranks are 8 rows, not the 9 of three whole prompts."""
+    found = parts.items(ppo(batch_size=5, samples_per_prompt=3), replace(facts, ranks=2))
+    batch = Batch(rows=8, prompt=10, answer=6)
+    assert of(found, counted.CACHE, phase=counted.PREFILL) == sampling.cache(facts.model, 4, batch, 1)
 
 
 def test_four_separate_models(facts):

@@ -248,6 +248,75 @@ def test_advice_can_be_typed(tmp_path):
         assert sft.train.micro_batch_size == 4 and sft.memory.gradient_checkpointing
 
 
+ADVICE = ("stage=sft", "model=tiny", "memory.device=cuda", "memory.ranks=4", "dry_run=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "there", "not_there"),
+    [
+        (("strategy=ddp",), ("zero2", "zero3", "4bit", "8bit"), ()),
+        (("strategy=ddp", "model.quantization=4bit"), ("zero2",), ("zero3",)),
+        (("strategy=ddp", "lora=dora"), ("zero2",), ("zero3",)),
+        (("strategy=ddp", "lora=full"), ("lora=default",), ("zero2", "zero3")),
+        (("strategy=ddp", "optim.moments=8bit"), (), ("zero2", "zero3")),
+        (("strategy=zero1",), ("zero2", "4bit"), ("8bit",)),
+        (("strategy=zero3",), ("model.quantization=4bit strategy=zero2",), ("8bit",)),
+    ],
+)
+def test_nothing_is_advised_that_would_be_refused(words, there, not_there, tmp_path, monkeypatch):
+    """As a user types it: each setting goes with the command into a new one."""
+    from rlhf_exp.strategies import require
+
+    monkeypatch.setattr("rlhf_exp.memory.levers.LEAST", -1.0)  # also what saves next to nothing
+    with compose.session():
+        typed = [*ADVICE, *words, f"output_dir={tmp_path}"]
+        config, choices = compose.compose(typed)
+        todo = plan.make(config, choices)
+        facts = memory.facts_of(todo.target, todo)
+        settings = [lever.setting for lever in memory.helps(todo.target.config, facts)]
+        assert settings
+        said = " ".join(settings)
+        assert [name in said for name in there] == [True] * len(there)
+        assert [name in said for name in not_there] == [False] * len(not_there)
+        for setting in settings:
+            changed, _ = compose.compose([*typed, *setting.split()])
+            assert list(require.stage_problems(changed, 4)) == [], setting
+
+
+def test_chunks_are_told_where_they_save(capfd, tmp_path):
+    """The tiny model's logits are fewer than what a chunk and its gradient take."""
+    words = (
+        "stage=ppo",
+        "adapters.sft=base",
+        "reward_source=length",
+        "dry_run=true",
+        f"output_dir={tmp_path}",
+    )
+    assert cli.main([*words, "model=tiny"]) == 0
+    assert "log-probs in chunks" not in capfd.readouterr().out
+    assert cli.main([*words, "model=llama2_7b", "memory.device=cuda"]) == 0
+    (line,) = (each for each in capfd.readouterr().out.splitlines() if "log-probs in chunks" in each)
+    assert line.startswith("log-probs in chunks (always on): ")
+
+
+def test_ranks_on_one_machine_share_what_is_free(run_config, monkeypatch):
+    """Four of eight ranks are here: a quarter; of two GPUs, which two ranks have each, the half of one."""
+    config = run_config("sft")
+    monkeypatch.setattr(identity, "_place", distributed.Place(1, 8, 1))
+    monkeypatch.setattr(identity, "_taken", {"LOCAL_WORLD_SIZE": "4"})
+    monkeypatch.setattr(memory.free, "of_host", lambda: 8e9)
+    assert memory.room_of(config, "cpu") == 2e9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6e9, 9e9))
+    assert memory.room_of(config, "cuda") == 3e9
+    monkeypatch.setattr(identity, "_taken", {})  # nobody says: all of them
+    assert memory.room_of(config, "cpu") == 1e9
+    monkeypatch.setattr(memory.free, "of_host", lambda: None)
+    assert memory.room_of(config, "cpu") is None
+    assert memory.room_of(run_config("sft", memory=Memory(gb=3)), "cpu") == 3e9
+
+
 def test_on_a_full_device_half_is_tried(ppo_config, context, monkeypatch):
     """The plan said all 8: the device has room for 3 rows, so that 4 fails and 2 passes."""
     config = ppo_config({"batch_size": 8, "micro_batch_size": 0})

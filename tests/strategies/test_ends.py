@@ -240,6 +240,7 @@ TORCHRUN = (
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("tiny_path")  # built: no rank waits for the other to do so
 @pytest.mark.parametrize(
     ("where", "how", "said", "code"),
     [

@@ -116,8 +116,25 @@ def test_more_ranks_than_prompts():
         "ppo: 4 ranks, but 2 prompts in a batch (ppo.batch_size): each rank needs one; raise the batch, or start "
         "fewer ranks"
     ]
-    found = problems("stage=sft", "strategy=ddp", "train.batch_size=2", "train.micro_batch_size=2", ranks=3)
-    assert [line.partition(":")[0] for line in found] == ["sft"]
+    # as many answers as there may be: what is shared out are prompts
+    assert problems("strategy=ddp", "ppo.batch_size=1", "ppo.samples_per_prompt=8") == [
+        "ppo: 2 ranks, but 1 prompt in a batch (ppo.batch_size): each rank needs one; raise the batch, or start "
+        "fewer ranks"
+    ]
+    assert problems("strategy=ddp", "ppo.batch_size=4", "ppo.minibatches=4", ranks=2) == [
+        "ppo: 2 ranks, but 1 row in a batch (ppo.batch_size / ppo.minibatches): each rank needs one; raise the "
+        "batch, or start fewer ranks"
+    ]
+
+
+@pytest.mark.parametrize(("stage", "unit"), [("sft", "rows"), ("reward", "pairs"), ("dpo", "pairs")])
+def test_more_ranks_than_a_stage_shares_out(stage, unit):
+    words = (f"stage={stage}", "strategy=ddp", "train.batch_size=2", "train.micro_batch_size=2")
+    assert problems(*words) == []
+    assert problems(*words, ranks=3) == [
+        f"{stage}: 3 ranks, but 2 {unit} in a batch (train.batch_size): each rank needs one; raise the batch, or "
+        "start fewer ranks"
+    ]
 
 
 def test_offload_to_a_folder_that_cannot_be_written():
