@@ -54,9 +54,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, and of collect and status --watch 1 if a trial failed, 75 if some wait or run; 2 bad input."""
+    """Exit codes: 0; 1 of resume if a trial cannot be submitted; 2 bad input.
+
+    Of collect and status --watch 1 if a trial failed, 75 if some wait or run.
+    """
     args = parser().parse_args(argv)
     try:
+        if args.command == "status" and not args.every > 0:
+            raise InputError(f"--every must be above 0, got {args.every:g}")
         _without_sweep(args)
         sweep = _sweep(args.sweep)
         return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "collect": _collect}[
@@ -212,21 +217,27 @@ def _resume(sweep: Path, args: argparse.Namespace) -> int:
     if found is None:
         raise InputError(f"{sweep} was not given to SLURM: repeat its command with hydra.sweep.dir={sweep}")
     graph, settings = found
-    rows = watch.look(sweep)
-    again = [
-        row.unit.number
-        for row in rows
-        if row.unit.number in graph.stages and not row.unit.done and not row.unit.open
-    ]
-    if not again:
-        print("nothing to do: every trial has ended well, waits or runs")
-        return 0
-    if args.dry_run:
+    folder.started_in(sweep)  # where its jobs are to run
+    trials = [row.unit for row in watch.look(sweep) if row.unit.number is not None]
+    todo = [unit for unit in trials if not unit.done and not unit.open]
+    again = [unit.number for unit in todo if unit.number in graph.stages]
+    # they failed before there was a job for them
+    lost = [unit for unit in todo if unit.number not in graph.stages]
+    if again and args.dry_run:
         print("\n\n".join(submit.texts(sweep, graph, settings, again)))
-        return 0
-    jobs = submit.submit(sweep, graph, settings, again)
-    print(f"trials {', '.join(map(str, sorted(again)))}: submitted as {', '.join(jobs)}")
-    return 0
+    elif again:
+        jobs = submit.submit(sweep, graph, settings, again)
+        print(f"trials {', '.join(map(str, sorted(again)))}: submitted as {', '.join(jobs)}")
+    elif not lost:
+        print("nothing to do: every trial has ended well, waits or runs")
+    for unit in lost:
+        said = f"trial {unit.number} ({unit.status}{f': {unit.reason}' if unit.reason else ''})"
+        way = f"repeat the sweep's command with hydra.sweep.dir={sweep}"
+        print(
+            f"error: {said} was never given to SLURM and cannot be submitted from here: {way}",
+            file=sys.stderr,
+        )
+    return 1 if lost else 0
 
 
 def _collect(sweep: Path, args: argparse.Namespace) -> int:
@@ -239,7 +250,7 @@ def _collect(sweep: Path, args: argparse.Namespace) -> int:
         Console().print(table.table(sweep, rows))
         return EXIT_INTERRUPTED
     path = sweep.absolute()
-    os.chdir(folder.read(path)["cwd"])
+    os.chdir(folder.started_in(path))
     return collect.again(path)
 
 

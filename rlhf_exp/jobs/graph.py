@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.errors import InputError
 from rlhf_exp.jobs.settings import Settings, settings_of
 from rlhf_exp.schema import Run
 from rlhf_exp.store import atomic
@@ -71,12 +72,17 @@ def write(sweep: Path, graph: Graph, settings: Settings) -> None:
 
 
 def read(sweep: Path) -> tuple[Graph, Settings] | None:
-    """None: the sweep was not given to SLURM."""
+    """None: the sweep was not given to SLURM. InputError where the file cannot be read."""
     try:
         content = json.loads((sweep / FILE).read_text(encoding="utf-8"))
+        return _graph(content), settings_of(content["settings"])
     except FileNotFoundError:
         return None
-    return _graph(content), settings_of(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{sweep / FILE} cannot be read ({type(error).__name__}: {error}): repeat the sweep's command with "
+            f"hydra.sweep.dir={sweep}, without this file"
+        ) from error
 
 
 def _graph(content: Mapping[str, Any]) -> Graph:

@@ -42,16 +42,16 @@ def submit(sweep: Path, graph: Graph, settings: Settings, numbers: Iterable[int]
         for job in arrays(graph, settings, numbers, ids):
             array = script.submit(job, sweep, settings)
             submitted.append(array)
-            for number in job.numbers:
-                after = [name for name in graph.after[number] if ids.get(name)]
-                ledger.append(
-                    sweep,
-                    ledger.SUBMITTED,
-                    number=number,
-                    stage=job.stage,
-                    job=f"{array}_{number - job.offset}",
-                    after=after,
-                )
+            trials = [
+                {
+                    "number": number,
+                    "stage": job.stage,
+                    "job": f"{array}_{number - job.offset}",
+                    "after": [name for name in graph.after[number] if ids.get(name)],
+                }
+                for number in job.numbers
+            ]
+            ledger.append_all(sweep, ledger.SUBMITTED, trials)  # in one write: its trials may run already
     except InputError:
         if submitted:
             cancel(submitted)

@@ -7,6 +7,7 @@ itself, because it was killed, cancelled, or went with its node.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ def read(sweep: Path) -> dict[str, Unit]:
 
 
 def fold(events: Iterable[dict[str, Any]]) -> dict[str, Unit]:
+    """What the events come to. A `submitted` after the job's own `started` or `ended` came late, and ends nothing."""
     found: dict[str, Unit] = {}
+    begun: Counter[tuple[str, str]] = Counter()  # starts of a job; there also if it ended without one
     for event in events:
         number, upstream = event.get("number"), event.get("upstream")
         if not isinstance(number, int) and upstream is None:
@@ -80,12 +83,17 @@ def fold(events: Iterable[dict[str, Any]]) -> dict[str, Unit]:
         name = str(upstream if number is None else number)
         unit = found.setdefault(name, Unit(name, number))
         kind = event.get("event")
+        if kind in (ledger.STARTED, ledger.ENDED):
+            begun[name, str(event.get("job"))] += kind == ledger.STARTED
         if kind == ledger.TRIAL:
             unit.overrides = [str(line) for line in event.get("overrides") or ()]
         elif kind == ledger.SUBMITTED:
             unit.job, unit.stage = str(event["job"]), str(event.get("stage") or "")
             unit.after = list(event.get("after") or ())
-            unit.starts, unit.restarts, unit.end, unit.host = 0, 0, {}, None
+            unit.starts = begun[name, unit.job]
+            unit.restarts = max(unit.starts - 1, 0)
+            if (name, unit.job) not in begun:
+                unit.end, unit.host = {}, None
         elif kind == ledger.STARTED:
             unit.starts, unit.host, unit.end = unit.starts + 1, event.get("host"), {}
             unit.restarts = max(unit.restarts, unit.starts - 1)

@@ -27,7 +27,7 @@ from rlhf_exp.jobs import ranks, states, units
 from rlhf_exp.jobs.script import FOLDER
 from rlhf_exp.jobs.states import NoAnswer
 from rlhf_exp.jobs.units import Unit
-from rlhf_exp.sweeps import folder, ledger
+from rlhf_exp.sweeps import folder, ledger, trial
 
 ASKS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 TRIES, PAUSE = 30, 10.0  # the controller may be away for minutes
@@ -174,7 +174,8 @@ class Task:
     def end(self, reason: str) -> None:
         """Enter what the trial's process did not say."""
         print(reason, file=sys.stderr, flush=True)
-        ledger.append(self.sweep, ledger.ENDED, **self.who, status=ledger.FAILED, reason=reason)
+        fields = {**self.who, "job": trial.job(), "status": ledger.FAILED, "reason": reason}
+        ledger.append(self.sweep, ledger.ENDED, **fields)
 
 
 def _preempted(known: Mapping[str, str]) -> bool:

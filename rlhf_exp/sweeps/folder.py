@@ -79,6 +79,16 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def started_in(path: Path) -> Path:
+    """The folder in which the sweep was started, which relative paths are from. InputError if it is gone."""
+    cwd = Path(read(path)["cwd"])
+    if not cwd.is_dir():
+        raise InputError(
+            f"{path} was started in {cwd}, which is gone: relative paths of its trials are from there"
+        )
+    return cwd
+
+
 def update(path: Path, **fields: Any) -> dict[str, Any]:
     """Set fields of sweep.json and leave the others."""
     content = read(path) | fields

@@ -8,6 +8,9 @@
 Every event has its `time`. Who knows of it writes it: a trial's process that it started and how it ended, a launcher
 that it was submitted, and how one ended whose process cannot say so any more. Processes on several machines write at
 once: a line is one write to a file opened for appending, under flock. A line that a crash tore is skipped.
+
+A job may run before whoever submitted it has said so: a `submitted` that comes after the job's own `started` or
+`ended` changes nothing of how the trial stands.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +34,21 @@ SETTLED = (DONE, STOPPED)  # what a resumed sweep does not run again
 
 def append(sweep: Path, event: str, **fields: Any) -> None:
     """Add an event; nan and infinities become null. The sweep's folder is made if it is not there."""
-    line = json.dumps(plain({"event": event, "time": now(), **fields}), ensure_ascii=False, allow_nan=False)
-    write_line(Path(sweep) / LEDGER, line)
+    append_all(sweep, event, [fields])
+
+
+def append_all(sweep: Path, event: str, each: Iterable[Mapping[str, Any]]) -> None:
+    """Add an event for each of these fields, all in one write."""
+    if lines := [_line(event, fields) for fields in each]:
+        write_line(Path(sweep) / LEDGER, "\n".join(lines))
+
+
+def _line(event: str, fields: Mapping[str, Any]) -> str:
+    return json.dumps(plain({"event": event, "time": now(), **fields}), ensure_ascii=False, allow_nan=False)
 
 
 def write_line(path: Path, line: str) -> None:
-    """Append a line to a file that other processes append to as well."""
+    """Append a line (or several, with newlines between them) to a file that other processes append to as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -81,6 +93,7 @@ class State:
     seconds: float = 0.0  # of all its attempts
     attempts: int = 0
     job: str | None = None
+    queued: str | None = None  # the job as which it was submitted, unless it was started in another way since
     host: str | None = None
     pid: int | None = None
     end: dict[str, Any] = field(default_factory=dict)  # of the last `ended`: objective, gold, kl, run ...
@@ -88,6 +101,13 @@ class State:
     @property
     def settled(self) -> bool:
         return self.status in SETTLED
+
+    @property
+    def open(self) -> bool:
+        """Whether a job of it waits or runs, as far as is known here: one that was interrupted goes on."""
+        waits = self.status in (SUBMITTED, RUNNING)
+        back = self.status == INTERRUPTED and not self.end.get("lost")
+        return self.queued is not None and (waits or back)
 
     @property
     def reason(self) -> str:
@@ -102,20 +122,26 @@ def states(sweep: Path) -> dict[int, State]:
 def fold(events: Iterable[dict[str, Any]]) -> dict[int, State]:
     """What the events come to; an event that this version does not know changes nothing."""
     found: dict[int, State] = {}
+    begun: set[tuple[int, str | None]] = set()
     for event in events:
         number = event.get("number")
         if not isinstance(number, int):
             continue
         state = found.setdefault(number, State(number))
-        kind = event.get("event")
+        kind, job = event.get("event"), _text(event.get("job"))
+        if kind in (STARTED, ENDED):
+            begun.add((number, job))
         if kind == TRIAL:
             state.overrides = [str(line) for line in event.get("overrides") or ()]
         elif kind == SUBMITTED:
-            state.status, state.job = SUBMITTED, _text(event.get("job"))
+            state.job = state.queued = job
+            if (number, job) not in begun:
+                state.status = SUBMITTED
         elif kind == STARTED:
             state.status, state.attempts = RUNNING, state.attempts + 1
             state.host, state.pid = _text(event.get("host")), event.get("pid")
-            state.job = _text(event.get("job")) or state.job
+            state.job = job or state.job
+            state.queued = state.queued if state.queued == job else None
         elif kind == ENDED:
             state.status, state.end = str(event.get("status")), event
             state.seconds += float(event.get("seconds") or 0.0)

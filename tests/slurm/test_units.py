@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from rlhf_exp.jobs import states, units, watch
+from rlhf_exp.jobs import __main__ as command
+from rlhf_exp.jobs import graph as graphs
+from rlhf_exp.jobs import script, states, submit, units, watch
+from rlhf_exp.jobs.graph import Graph, Upstream
+from rlhf_exp.jobs.settings import Settings
 from rlhf_exp.jobs.states import NEVER, State
 from rlhf_exp.sweeps import ledger
+
+MOVED = '{"argv": [], "cwd": "/nowhere", "created": "", "version": ""}'
 
 
 @pytest.fixture
@@ -54,6 +62,46 @@ def test_submitted_again_it_begins_anew(sweep):
     ledger.append(sweep, "submitted", number=0, stage="ppo", job="20_0")
     unit = units.read(sweep)["0"]
     assert (unit.open, unit.job, unit.starts, unit.reason) == (True, "20_0", 0, "")
+
+
+def test_submitted_again_it_may_run_before_that_is_noted(sweep):
+    ledger.append(sweep, "started", number=0, host="n1", pid=1, job="17_0")
+    ledger.append(sweep, "started", number=0, host="n1", pid=1, job="17_0")
+    ledger.append(sweep, "ended", number=0, status="failed", reason="x")
+    ledger.append(sweep, "started", number=0, host="n2", pid=1, job="20_0")
+    ledger.append(sweep, "submitted", number=0, stage="ppo", job="20_0")
+    unit = units.read(sweep)["0"]
+    assert (unit.open, unit.status, unit.job, unit.host) == (True, "running", "20_0", "n2")
+    assert (unit.starts, unit.restarts) == (1, 0), "of this job"
+
+
+def test_an_array_that_is_through_before_its_submission_is_noted(tmp_path, monkeypatch):
+    """Trial 0 runs and trial 1 fails before sbatch's answer is read."""
+
+    def sbatch(job, sweep, settings):
+        if job.name:
+            ledger.append(sweep, "started", upstream=job.name, host="n1", pid=1, job="16")
+            ledger.append(sweep, "ended", upstream=job.name, status="done")
+            return "16"
+        ledger.append(sweep, "started", number=0, host="n1", pid=1, job="17_0")
+        ledger.append(sweep, "ended", number=0, status="done", objective=1.5)
+        ledger.append(sweep, "ended", number=1, status="failed", reason="no GPU", job="17_1")
+        return "17"
+
+    writes, write_line = [], ledger.write_line
+    monkeypatch.setattr(ledger, "write_line", lambda *given: (writes.append(given), write_line(*given)))
+    monkeypatch.setattr(script, "submit", sbatch)
+    after = {number: ["sft-ab"] for number in range(3)}
+    graph = Graph({"sft-ab": Upstream("sft", "sft", 0)}, dict.fromkeys(range(3), "ppo"), after)
+    assert submit.submit(tmp_path, graph, Settings(), range(3)) == ["16", "17"]
+    assert len(writes) == 5 + 2, "a submission is one"
+    found = units.read(tmp_path)
+    assert {name: unit.status for name, unit in found.items()} == {
+        "sft-ab": "done", "0": "done", "1": "failed", "2": "submitted",
+    }  # fmt: skip
+    assert [unit.job for unit in found.values()] == ["16", "17_0", "17_1", "17_2"]
+    assert (found["0"].end["objective"], found["0"].stage, found["0"].after) == (1.5, "ppo", ["sft-ab"])
+    assert [state.status for state in ledger.states(tmp_path).values()] == ["done", "failed", "submitted"]
 
 
 def test_what_nobody_has_lost_stays_as_it_is(sweep, slurm):
@@ -118,9 +166,6 @@ def test_the_ledger_is_believed_before_slurm(sweep, slurm, monkeypatch):
 
 def test_a_job_may_be_named_without_its_sweep(tmp_path, monkeypatch, capsys):
     """The newest sweep is meant, as where nothing is named."""
-    from rlhf_exp.jobs import __main__ as command
-    from rlhf_exp.jobs import submit
-
     monkeypatch.chdir(tmp_path)
     for name in ("2026-01-01", "2026-01-02"):
         place = tmp_path / "multirun" / "results" / name
@@ -139,6 +184,61 @@ def test_a_job_may_be_named_without_its_sweep(tmp_path, monkeypatch, capsys):
     assert command.main(["cancel", "7"]) == 2
     assert "2026-01-02 has no job 7; there are: 0, 1, 2" in capsys.readouterr().err
     assert cancelled == ["2_0", "2_2"]
+
+
+@pytest.fixture
+def given(sweep, slurm):
+    """A sweep that was given to SLURM, with trial 2, which could not be composed."""
+    reason = "ppo.minibatches must divide ppo.batch_size"
+    ledger.append(sweep, "ended", number=2, status="failed", reason=reason, bad_input=True)
+    content = {"argv": [], "cwd": str(sweep), "created": "", "version": ""}
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    after = {0: [], 1: []}
+    graphs.write(sweep, Graph({}, {0: "ppo", 1: "ppo"}, after), Settings())
+    return sweep
+
+
+def test_a_trial_that_never_was_a_job_cannot_be_submitted_again(given, monkeypatch, capsys):
+    said = (
+        "error: trial 2 (failed: ppo.minibatches must divide ppo.batch_size) was never given to SLURM and cannot be "
+        f"submitted from here: repeat the sweep's command with hydra.sweep.dir={given}\n"
+    )
+    assert command.main(["resume", str(given)]) == 1
+    assert capsys.readouterr() == ("", said), "trials 0 and 1 wait"
+    ledger.append(given, "ended", number=0, status="done")
+    ledger.append(given, "ended", number=1, status="failed", reason="no GPU")
+    monkeypatch.setattr(script, "submit", lambda job, sweep, settings: "18")
+    assert command.main(["resume", str(given)]) == 1
+    assert capsys.readouterr() == ("trials 1: submitted as 18\n", said)
+    ledger.append(given, "ended", number=2, status="done")
+    assert command.main(["resume", str(given)]) == 0
+    assert capsys.readouterr() == ("nothing to do: every trial has ended well, waits or runs\n", "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "content", "said"),
+    [
+        ("resume", "slurm.json", "{", "slurm.json cannot be read (JSONDecodeError: "),
+        ("resume", "slurm.json", "[]", "slurm.json cannot be read (TypeError: "),
+        ("resume", "slurm.json", '{"settings": {}}', "slurm.json cannot be read (KeyError: "),
+        ("resume", "slurm.json", '{"settings": {"x": 1}}', "slurm.json cannot be read ("),
+        ("resume", "sweep.json", MOVED, "was started in /nowhere, which is gone"),
+        ("collect", "sweep.json", MOVED, "was started in /nowhere, which is gone"),
+    ],
+)
+def test_a_damaged_sweep_is_a_line(given, capsys, verb, file, content, said):
+    for who in ({"number": 0}, {"number": 1}, {"upstream": "sft-ab"}):
+        ledger.append(given, "ended", **who, status="failed")
+    (given / file).write_text(content)
+    assert command.main([verb, str(given)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan"])
+def test_a_pause_that_is_none(given, capsys, every):
+    assert command.main(["status", str(given), "--watch", "--every", every]) == 2
+    assert capsys.readouterr().err == f"error: --every must be above 0, got {every}\n"
 
 
 def test_waiting_goes_on_while_slurm_does_not_answer(sweep, monkeypatch):

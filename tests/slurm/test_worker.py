@@ -149,6 +149,7 @@ def test_what_the_trial_said_stays(task, code, status):
 def test_what_the_trial_could_not_say_is_said_for_it(task, code, exit_code, said):
     assert task.run(code, RUNNING, says=False) == exit_code
     assert task.unit().status == "failed" and said in task.unit().reason
+    assert task.events()[-1]["job"] == "123", "of which job, for a submission that is noted later"
 
 
 def test_a_trial_that_an_old_process_still_has_is_waited_for(task, tmp_path):

@@ -74,3 +74,43 @@ def test_states():
     assert (one.status, one.job, one.attempts, one.settled) == ("submitted", "17_1", 0, False)
     assert ledger.fold(events[:6])[0].reason == "SIGTERM"
     assert not ledger.fold(events[:6])[0].settled
+
+
+def test_submitted_after_it_has_begun():
+    """The array runs already while lines are written: what a trial has said of itself stays."""
+    own = [
+        {"event": "started", "number": 0, "host": "n1", "pid": 5, "job": "17_0"},
+        {"event": "ended", "number": 0, "status": "done", "objective": 1.5, "seconds": 2},
+        {"event": "started", "number": 1, "host": "n1", "pid": 6, "job": "17_1"},
+        {"event": "ended", "number": 2, "status": "failed", "job": "17_2", "reason": "before it began"},
+    ]
+    late = [{"event": "submitted", "number": number, "job": f"17_{number}"} for number in range(4)]
+    found = ledger.fold(own + late)
+    assert [state.status for state in found.values()] == ["done", "running", "failed", "submitted"]
+    assert [state.open for state in found.values()] == [False, True, False, True]
+    assert (found[0].end["objective"], found[0].job, found[3].job) == (1.5, "17_0", "17_3")
+    # of another job it is the next attempt
+    again = ledger.fold([*own, *late, {"event": "submitted", "number": 0, "job": "20_0"}])
+    assert (again[0].status, again[0].job, again[0].open) == ("submitted", "20_0", True)
+
+
+def test_what_waits_or_runs_as_a_job():
+    def state(*events):
+        return ledger.fold({"number": 0, **event} for event in events)[0]
+
+    submitted, started = {"event": "submitted", "job": "17_0"}, {"event": "started", "job": "17_0"}
+    interrupted = {"event": "ended", "status": "interrupted"}
+    assert state(submitted, started, interrupted).open, "it is put back into the queue"
+    assert not state(submitted, started, {**interrupted, "lost": "CANCELLED"}).open
+    assert not state(submitted, started, {"event": "ended", "status": "done"}).open
+    assert not state(started, interrupted).open, "nobody submitted it"
+    assert not state(submitted, started, interrupted, {"event": "started"}, interrupted).open, "here, later"
+
+
+def test_many_events_are_one_write(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(ledger, "write_line", lambda path, line: lines.append(line))
+    ledger.append_all(tmp_path, "submitted", [{"number": number} for number in range(3)])
+    ledger.append_all(tmp_path, "submitted", [])
+    (text,) = lines
+    assert [json.loads(line)["number"] for line in text.split("\n")] == [0, 1, 2]
