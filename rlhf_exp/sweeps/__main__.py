@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     path = given.folder.absolute()
     try:
-        known = folder.read(path)
+        folder.read(path)
         if given.verb == "show":
             from rlhf_exp.sweeps import collect, table
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.write(path, given.page)
             return 0
         where = given.folder.absolute()
-        os.chdir(known["cwd"])
+        os.chdir(folder.started_in(path))
         if given.verb == "collect":
             from rlhf_exp.sweeps import collect
 

@@ -43,7 +43,10 @@ def begin(path: Path, run: Any, swept: Sequence[str]) -> Tracker:
 
 
 def end(path: Path, parent: Tracker, interrupted: bool = False) -> int:
-    """Write and show the table, make the report, end MLflow's run if nothing waits; returns the exit code."""
+    """Write and show the table, make the report, end MLflow's run if nothing waits; returns the exit code.
+
+    interrupted: this process was asked to stop, so that what waits for it waits no more; jobs in a queue go on.
+    """
     rows = table.rows(path)
     table.write(path, rows)
     if any(row["status"] not in OPEN for row in rows):
@@ -57,7 +60,8 @@ def end(path: Path, parent: Tracker, interrupted: bool = False) -> int:
     parent.tags({f"sweep.{status}": number for status, number in counts.items()})
     failed = [row for row in rows if row["status"] == ledger.FAILED]
     left = [row for row in rows if row["status"] not in (*ledger.SETTLED, ledger.FAILED)]
-    waits = any(row["status"] in OPEN for row in rows) and not interrupted
+    queued = any(state.open for state in ledger.states(path).values())
+    waits = queued or (any(row["status"] in OPEN for row in rows) and not interrupted)
     if waits:
         parent.flush()
     else:
@@ -76,6 +80,8 @@ def end(path: Path, parent: Tracker, interrupted: bool = False) -> int:
         say(f"{len(left)} of {len(rows)} trials have not ended; see: python -m rlhf_exp.{look} {_q(path)}")
     elif left or failed:
         say(f"{len(left) + len(failed)} of {len(rows)} trials are not done; go on: {resume_command(path)}")
+    if left and not waits:
+        return EXIT_FAILED
     if not failed:
         return 0
     return EXIT_BAD_INPUT if all(row["bad_input"] for row in failed) else EXIT_FAILED

@@ -7,8 +7,8 @@ hands trials to a launcher -> collected: table, report, the command that continu
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from rlhf_exp import compose
 from rlhf_exp.errors import EXIT_INTERRUPTED, InputError, Interrupted
 from rlhf_exp.paths import PACKAGE, conf_dir
 from rlhf_exp.stages import signals
+from rlhf_exp.store import atomic
 from rlhf_exp.store.preflight import require_writable
 from rlhf_exp.sweeps import collect, folder, grid, ledger, passwords, resume, trial
 from rlhf_exp.sweeps import plan as plans
 
 EXIT_CTRL_C = 130
 PARTS = ("sweeper", "launcher")
+LOCK = ".search.lock"
+MULTIRUN = "multirun.yaml"  # Hydra's sweepers write their config there
 
 
 def start(
@@ -62,7 +65,8 @@ def start(
         folder.create(path, words, conf=conf_dir(), config_dir=config_dir, **names)
     if is_process and PACKAGE.parent != folder.code(path):
         resume.become(path, argv)
-    with compose.session(folder.config_dir(path), folder.conf(path)) as hydra:
+    alone = nullcontext() if grid.is_grid(plan.config) else _alone(path)
+    with alone, compose.session(folder.config_dir(path), folder.conf(path)) as hydra:
         _freeze(path, trials)
         run = compose.to_run(plan.config, across=False)
         return _sweep(path, plan, run, lambda lines: hydra.multirun(compose.ROOT, task, lines))
@@ -79,14 +83,48 @@ def _refuse(plan: plans.Plan, task: Callable[[Any], Any]) -> None:
             check(trial.without_hydra(plan.overrides))
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """A search is one process's: a second one would launch the trials that the first is waiting for.
+
+    The kernel gives the lock back however the process ends. Raises InputError where another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process runs this search: {path}; wait for it, or choose another {resume.SWEEP_DIR}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _show(plan: plans.Plan, task: Callable[[Any], Any], path: Path) -> None:
     """Have the launcher show what it would submit. Nothing stays behind but what was there before."""
     above = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    with compose.session() as hydra, compose.explained():
-        hydra.multirun(compose.ROOT, task, [*plan.overrides, resume.place(path), "hydra.mode=MULTIRUN"])
+    written = path / MULTIRUN
+    before = written.read_bytes() if written.is_file() else None
+    try:
+        with compose.session() as hydra, compose.explained():
+            hydra.multirun(compose.ROOT, task, [*plan.overrides, resume.place(path), "hydra.mode=MULTIRUN"])
+    finally:
+        _take_back(path, above, written, before)
+
+
+def _take_back(path: Path, above: Path, written: Path, before: bytes | None) -> None:
+    """Remove the config that Hydra's sweeper has left, and the folders that were made for it."""
     if above == path:
+        if before is None:
+            written.unlink(missing_ok=True)
+        else:
+            atomic.write_bytes(written, before)
         return
-    shutil.rmtree(path, ignore_errors=True)  # Hydra's sweeper has left its config
+    shutil.rmtree(path, ignore_errors=True)
     for parent in path.parents:
         if parent == above or not parent.is_dir() or any(parent.iterdir()):
             break  # somebody else's sweep may have begun there

@@ -19,16 +19,20 @@ def write(path: Path, number: int, overrides: Sequence[str], config: Any, choice
     """Freeze a trial in its folder, sweep/NUMBER, and enter it in the ledger; returns the folder.
 
     config: the composed config (OmegaConf, Hydra's node is left out), a run's dataclass, or plain dicts. A trial that
-    is there already stays as it is: InputError if it is another one.
+    is there already stays as it is: InputError if it is another one (`resume` makes none). Where the ledger has lost
+    it, it is entered again.
     """
     path, overrides = Path(path), without_hydra(overrides)
     if (path / TRIAL).is_file():
         known = read(path)["overrides"]
-        if known != overrides:
+        if _without_resume(known) != _without_resume(overrides):
             raise InputError(
                 f"{path.parent} has another trial {number}: {' '.join(known)}, not {' '.join(overrides)}; choose "
                 "another hydra.sweep.dir"
             )
+        state = ledger.states(path.parent).get(number)
+        if state is None or state.overrides != known:
+            ledger.append(path.parent, ledger.TRIAL, number=number, overrides=known)
         return path
     import yaml
 
@@ -49,6 +53,11 @@ def write(path: Path, number: int, overrides: Sequence[str], config: Any, choice
 def without_hydra(overrides: Sequence[str]) -> list[str]:
     """The overrides that are the trial's, not Hydra's own."""
     return [str(line) for line in overrides if not str(line).lstrip("+~").startswith(("hydra.", "hydra/"))]
+
+
+def _without_resume(overrides: Sequence[str]) -> list[str]:
+    """It says how a command goes on, not what is trained."""
+    return [line for line in overrides if line.lstrip("+~").partition("=")[0] != "resume"]
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def test_commands_on_a_sweep_that_nobody_waits_for(slurm, pretended, capsys, mon
     assert "cancelled: " in capsys.readouterr().out
     found = wait(sweep, range(3))
     assert found[1].status == "interrupted" and found[1].reason.startswith("cancelled")
+    assert command.main(["collect", str(sweep)]) == 1
+    capsys.readouterr()
     assert command.main(["cancel", str(sweep)]) == 0
     assert capsys.readouterr().out == "nothing waits or runs\n"
     assert command.main(["logs", str(sweep), "0"]) == 0

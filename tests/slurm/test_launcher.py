@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rlhf_exp import cli
+from rlhf_exp.errors import Interrupted
+from rlhf_exp.jobs import script, watch
+from rlhf_exp.sweeps import collect, ledger
 
 WORDS = ["stage=ppo", "model=tiny", "dataset=reviews", "tracking=none", "hydra/launcher=slurm"]
 
@@ -21,6 +24,66 @@ def test_scripts_are_shown_and_nothing_stays_behind(tmp_path, monkeypatch, capsy
     assert name.startswith("sft-")
     assert f"#SBATCH --dependency=afterok:{name}\n" in ppo
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_as_it_was(tmp_path, monkeypatch, capsys):
+    """Empty, the real command may have it; one of a sweep keeps what it has."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    words = [*WORDS, "reward_source=length", "adapters.sft=base", "hydra.launcher.dry_run=true"]
+    (tmp_path / "sweep").mkdir()
+    assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
+    assert "#SBATCH" in capsys.readouterr().out
+    assert list((tmp_path / "sweep").iterdir()) == []
+    (tmp_path / "sweep" / "multirun.yaml").write_text("of the sweep\n")
+    assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
+    assert (tmp_path / "sweep" / "multirun.yaml").read_text() == "of the sweep\n"
+    assert len(list((tmp_path / "sweep").iterdir())) == 1
+
+
+class Parent:
+    """MLflow's run of a sweep."""
+
+    run_id = None
+
+    def __init__(self):
+        self.said = []
+
+    def __getattr__(self, name):
+        return lambda *words: self.said.append((name, *words))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted("stopped by SIGTERM at once"), 75)]
+)
+def test_who_waits_may_leave_and_the_jobs_go_on(tmp_path, monkeypatch, capsys, error, code):
+    """MLflow's run is open until all is collected, whichever signal came."""
+    parent = Parent()
+    monkeypatch.setattr(collect, "open_tracker", lambda *given, **more: parent)
+    monkeypatch.setattr(script, "submit", lambda job, sweep, settings: "17")
+
+    def wait(sweep, numbers, poll, say):
+        ledger.append(sweep, ledger.STARTED, number=0, job="17_0")
+        raise error
+
+    monkeypatch.setattr(watch, "wait", wait)
+    words = [
+        *WORDS,
+        "reward_source=length",
+        "adapters.sft=base",
+        "ppo.kl_coef=.1,.2",
+        "hydra.sweep.dir=sweep",
+    ]
+    assert cli.main(["-m", *words]) == code
+    out = capsys.readouterr().out
+    assert "\nthe jobs go on; python -m rlhf_exp.jobs status|cancel " in out
+    assert "2 of 2 trials have not ended; see: python -m rlhf_exp.jobs status " in out
+    ends = [word for word in parent.said if word[0] in ("flush", "finish")]
+    assert ends == [("flush",)]
+    # when all have ended it is over
+    for number in (0, 1):
+        ledger.append(tmp_path / "sweep", ledger.ENDED, number=number, status=ledger.DONE, objective=1.0)
+    assert collect.again(tmp_path / "sweep") == 0
+    assert parent.said[-1] == ("finish", "FINISHED")
 
 
 def test_a_single_run_is_one_job(capsys):

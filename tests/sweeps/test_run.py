@@ -64,6 +64,28 @@ def conf(tmp_path, monkeypatch):
     return copy
 
 
+def test_a_trial_that_was_cancelled_is_not_done(call, pipeline, capsys):
+    """Its only trouble, and nothing waits: the code says so, that of the sweep and of its collection."""
+
+    def then(config):
+        if config.seed == 0:  # of another one, as a watcher of the queue enters it
+            ledger.append(Path("sweep"), ledger.SUBMITTED, number=1, job="17_1")
+            ledger.append(Path("sweep"), ledger.STARTED, number=1, job="17_1")
+            fields = {"status": ledger.INTERRUPTED, "reason": "cancelled on n1", "lost": "CANCELLED"}
+            ledger.append(Path("sweep"), ledger.ENDED, number=1, **fields)
+        return 1.0
+
+    pipeline.then = then
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0, "it was run here then"
+    ledger.append(Path("sweep"), ledger.ENDED, number=1, status=ledger.INTERRUPTED, lost="CANCELLED")
+    assert commands.main(["collect", "sweep"]) == 1
+    assert "1 of 2 trials are not done; go on: " in capsys.readouterr().out
+    # while another one waits in the queue the sweep is not over, and the code is for later
+    ledger.append(Path("sweep"), ledger.SUBMITTED, number=0, job="18_0")
+    assert commands.main(["collect", "sweep"]) == 0
+    assert "2 of 2 trials have not ended; see: python -m rlhf_exp.jobs status " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("edit", ["values", "gone"])
 def test_an_edit_of_conf_between_trials_changes_nothing(call, pipeline, conf, edit):
     """Not the trial's own config, nor that of its upstream stages, nor what a group chooses."""
@@ -175,6 +197,30 @@ def test_a_sweep_may_grow_and_is_not_replaced_by_another(call, pipeline):
     assert (code, len(err)) == (2, 1)
     assert "is no sweep, and not empty" in err[0]
     assert len(pipeline.calls) == 3
+
+
+@pytest.mark.parametrize("word", ["resume=auto", "resume=never"])
+def test_how_to_go_on_makes_no_other_trial(call, pipeline, word):
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0
+    code, _, err = call(*WORDS, "seed=0,1,2", HERE, word)
+    assert (code, err, statuses()) == (0, [], ["done"] * 3)
+    assert [config.seed for config, *_ in pipeline.calls] == [0, 1, 2]
+    assert call(*WORDS, "seed=0,1,2", HERE)[0] == 0, "nor is it missed"
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_trial_that_the_ledger_has_lost_is_entered_again(call, pipeline, torn):
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0
+    lines = Path("sweep/ledger.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"trial"' not in line]
+    Path("sweep/ledger.jsonl").write_text("\n".join([lines[0][:40], *kept] if torn else []) + "\n")
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0
+    assert [state.overrides[-1] for state in ledger.states(Path("sweep")).values()] == ["seed=0", "seed=1"]
+    assert statuses() == ["done"] * 2
+    assert len(pipeline.calls) == (2 if torn else 4)
+    size = Path("sweep/ledger.jsonl").stat().st_size
+    assert call(*WORDS, "seed=0,1", HERE)[0] == 0
+    assert Path("sweep/ledger.jsonl").stat().st_size == size, "once"
 
 
 def test_where_trials_are_is_not_for_users_to_say(call, pipeline):
@@ -374,6 +420,17 @@ def test_the_short_command_goes_on(call, pipeline, monkeypatch, tmp_path):
     marker.touch()
     commands.main(["resume", str(place), "--new-code"])
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("verb", ["resume", "collect"])
+def test_the_folder_in_which_a_sweep_was_started_is_gone(call, pipeline, capsys, verb):
+    call(*WORDS, "seed=0,1", HERE)
+    folder.update(Path("sweep"), cwd="/nowhere")
+    assert commands.main([verb, "sweep"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {Path('sweep').absolute()} was started in /nowhere, which is gone: relative paths of its trials "
+        "are from there\n"
+    )
 
 
 def test_trials_that_were_stopped_early_go_to_their_end_on_demand(call, pipeline, monkeypatch):

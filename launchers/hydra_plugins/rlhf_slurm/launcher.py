@@ -60,6 +60,7 @@ class SlurmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit, and with wait=true look until all have ended."""
+        from rlhf_exp.errors import Interrupted
         from rlhf_exp.jobs import graph as graphs
         from rlhf_exp.jobs import submit, watch
 
@@ -83,7 +84,7 @@ class SlurmLauncher(Launcher):
             return _without_values(returns)
         try:
             found = watch.wait(sweep, sound, self.settings.poll_s, say)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             say(f"the jobs go on; python -m rlhf_exp.jobs status|cancel {sweep}")
             raise
         for number, unit in found.items():
