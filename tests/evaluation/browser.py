@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SWITCHES = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync hide-scrollbars disable-dev-shm-usage"
 )
+
+
+def require() -> None:
+    """Skips where there is no Chromium; with RLHF_EXP_REQUIRE_BROWSER=1 (CI) fails."""
+    if not CHROMIUM:
+        reason = "no Chromium: apt-get install chromium"
+        if os.environ.get("RLHF_EXP_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def browse(page: Path, folder: Path, *options: str) -> tuple[str, str]:

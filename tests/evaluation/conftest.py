@@ -6,6 +6,14 @@ from copy import deepcopy
 
 import pytest
 
+from tests.evaluation import browser
+
+
+@pytest.fixture(scope="session")
+def chromium() -> None:
+    """For tests that look at a page."""
+    browser.require()
+
 
 @pytest.fixture
 def evaluation(made_evaluation) -> dict:

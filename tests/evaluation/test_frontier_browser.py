@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from tests.evaluation.browser import CHROMIUM, browse
+from tests.evaluation.browser import browse
 from tests.evaluation.run_folders import PROMPTS, write_sweep
 from tests.evaluation.test_frontier_page import HOSTILE, build
 
 # its log tells of errors and requests; the page's timers run out at once
 SWITCHES = ("--window-size=1200,1600", "--enable-logging=stderr", "--virtual-time-budget=4000")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+pytestmark = pytest.mark.usefixtures("chromium")
 
 # runs before the page's own script: what goes wrong from then on
 WATCH = """

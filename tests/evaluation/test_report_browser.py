@@ -12,10 +12,10 @@ import pytest
 from matplotlib.image import imread
 
 from rlhf_exp.evaluation.report import write_report
-from tests.evaluation.browser import CHROMIUM, browse
+from tests.evaluation.browser import browse
 
 SIZE = "--window-size=1200,900"
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+pytestmark = pytest.mark.usefixtures("chromium")
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 MEASURE = """

@@ -15,7 +15,6 @@ from rlhf_exp.probes import show
 from rlhf_exp.probes.answers import Probe, Real
 from rlhf_exp.probes.measure import measure as measure_probes
 from rlhf_exp.schema import PROBES
-from tests.evaluation.browser import CHROMIUM
 from tests.evaluation.test_report import FACTS, Page, needs_nothing_else
 from tests.evaluation.test_report_browser import measure
 
@@ -96,7 +95,7 @@ def test_every_letter_is_in_a_colour_of_the_theme(page):
     assert [a for a in letters if "var(--" not in (a.get("style") or "") + (a.get("fill") or "")] == []
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+@pytest.mark.usefixtures("chromium")
 def test_it_fits_desktop_and_phone(tmp_path, made_evaluation, made_curves):
     models = [RewardModel("reward", assessed(), probed())]
     page: Path = write_report(tmp_path / "report", "PPO", made_evaluation, made_curves, FACTS, models)[0]
