@@ -12,13 +12,14 @@ from rlhf_exp import distributed
 from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean, leaves
 from rlhf_exp.schema import DPORun, KTORun, PPORun, RewardRun, Run
+from rlhf_exp.strategies import settings
+from rlhf_exp.strategies.settings import KEY
 
 if TYPE_CHECKING:
     from rlhf_exp.stages.nodes import Plan
 
 ZERO = "zero"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
-KEY = "strategy.deepspeed"
 BATCH, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 # sections of DeepSpeed's that say what our keys say
 OURS = {
@@ -68,8 +69,12 @@ def config_problems(config: Run, ranks: int) -> Iterator[str]:
         )
         return
     yield from _keys(config, given)
+    yield from settings.value_problems(given)
     yield from _batches(config, given, ranks)
-    yield from _zero(config, given.get("zero_optimization", {}))
+    zero = given.get("zero_optimization") or {}
+    yield from _zero(config, zero)
+    if isinstance(zero, Mapping):
+        yield from settings.combination_problems(given, zero, STAGES[name])
 
 
 def _keys(config: Run, given: Mapping[str, Any]) -> Iterator[str]:
@@ -131,14 +136,14 @@ def _zero(config: Run, zero: Any) -> Iterator[str]:
     if not isinstance(zero, Mapping):
         yield f"{KEY}.zero_optimization must hold settings such as {{stage: 2}}, got {zero!r}"
         return
-    if zero.get("stage", STAGES[name]) != STAGES[name]:
-        yield (
-            f"{KEY}.zero_optimization.stage={zero['stage']} contradicts strategy={name}: choose "
-            f"strategy=zero{zero['stage']}"
-        )
-    for part in ("offload_param", "offload_optimizer"):
-        section = zero.get(part) or {}
-        if section.get("device") == "nvme":
+    if numbers := [key for key in zero if not isinstance(key, str)]:
+        yield from (f"unknown key {KEY}.zero_optimization.{key}" for key in numbers)
+        return
+    yield from settings.stage_problem(zero.get("stage", STAGES[name]), STAGES[name], name)
+    yield from settings.section_problems(zero, STAGES[name], name)
+    sections = {part: zero.get(part) for part in settings.OFFLOADS}
+    for part, section in sections.items():
+        if isinstance(section, Mapping) and section.get("device") == "nvme":
             key = f"{KEY}.zero_optimization.{part}"
             yield from [*_folder(f"{key}.nvme_path", section.get("nvme_path"))] or _aio(key)
     try:
@@ -148,11 +153,12 @@ def _zero(config: Run, zero: Any) -> Iterator[str]:
         yield f"strategy={name} needs the package deepspeed, which cannot be imported: {reason}"
         return
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key != "stage"})
+        told = ["stage", *(part for part, section in sections.items() if not isinstance(section, Mapping))]
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key not in told})
     except ValueError as error:  # pydantic's own is one
         for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            yield f"{KEY}.zero_optimization.{place}: {problem['msg']}, got {problem['input']!r}"
+            place = ".".join(map(str, ("zero_optimization", *problem["loc"])))
+            yield f"{KEY}.{place}: {problem['msg']}, got {problem['input']!r}"
 
 
 def _aio(key: str) -> Iterator[str]:
@@ -176,7 +182,7 @@ def _folder(key: str, given: Any) -> Iterator[str]:
     if not given:
         yield f"{key} is not set: device=nvme needs a folder on a fast disk"
         return
-    folder = Path(given).expanduser()
+    folder = Path(str(given)).expanduser()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"{key}={given} cannot be written: {there} is no folder"

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from rlhf_exp import compose
+from rlhf_exp import cli, compose
 from rlhf_exp.strategies import require
 
 PPO = ("stage=ppo", "ppo.batch_size=32", "ppo.micro_batch_size=4")
@@ -92,6 +92,102 @@ def test_a_key_of_deepspeed_that_contradicts_ours(words, said):
     if words[0].startswith("+"):
         words = (words[0][1:], *words[1:])
     assert problems("strategy=zero2", *words) == [said]
+
+
+ZERO = f"{Z}.zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "word", "said"),
+    [
+        (
+            "zero3_offload",
+            f"{ZERO}.offload_param=cpu",
+            f"{ZERO}.offload_param must hold settings such as {{device: cpu}}, got 'cpu'",
+        ),
+        (
+            "zero2",
+            f"{ZERO}.offload_optimizer=cpu",
+            f"{ZERO}.offload_optimizer must hold settings such as {{device: cpu}}, got 'cpu'",
+        ),
+        ("zero2", f"{Z}.aio=3", f"{Z}.aio must be settings such as {{queue_depth: 8}}, got 3"),
+        ("zero2", f"{Z}.aio={{depth: 8}}", f"unknown key {Z}.aio.depth"),
+        (
+            "zero2",
+            f"{Z}.aio={{queue_depth: x}}",
+            f"{Z}.aio.queue_depth must be a whole number from 1 on, got 'x'",
+        ),
+        (
+            "zero2",
+            f"{Z}.comms_logger={{enabled: maybe}}",
+            f"{Z}.comms_logger.enabled must be true or false, got 'maybe'",
+        ),
+        (
+            "zero2",
+            f"{Z}.prescale_gradients=maybe",
+            f"{Z}.prescale_gradients must be true or false, got 'maybe'",
+        ),
+        (
+            "zero2",
+            f"{Z}.prescale_gradients=true",
+            f"{Z}.prescale_gradients=true needs {ZERO}.reduce_scatter=false, or strategy=zero1: leave it out",
+        ),
+        (
+            "zero3",
+            f"{Z}.gradient_predivide_factor=4",
+            f"{Z}.gradient_predivide_factor=4 needs {ZERO}.reduce_scatter=false, or strategy=zero1: leave it out",
+        ),
+        (
+            "zero1",
+            f"{Z}.gradient_predivide_factor=0",
+            f"{Z}.gradient_predivide_factor must be a number above 0, got 0",
+        ),
+        (
+            "zero1",
+            f"{Z}.communication_data_type=foo",
+            f"{Z}.communication_data_type must be fp32, fp16 or bf16, got 'foo'",
+        ),
+        ("zero2", f"{ZERO}.stage=0", f"{ZERO}.stage must be 2 with strategy=zero2, got 0: leave it out"),
+        ("zero2", f"{ZERO}.stage=x", f"{ZERO}.stage must be 2 with strategy=zero2, got 'x': leave it out"),
+        (
+            "zero2",
+            f"{ZERO}.offload_param={{device: cpu}}",
+            f"{ZERO}.offload_param is about the base's shards, and strategy=zero2 has none: choose "
+            "strategy=zero3_offload, or leave it out",
+        ),
+        (
+            "zero1",
+            f"{ZERO}.stage3_max_live_parameters=100",
+            f"{ZERO}.stage3_max_live_parameters is about the base's shards, and strategy=zero1 has none: choose "
+            "strategy=zero3, or leave it out",
+        ),
+        ("zero2", f"{ZERO}={{1: 2}}", f"unknown key {ZERO}.1"),
+        ("zero2", f"{Z}.zero_optimization=3", f"{ZERO} must hold settings such as {{stage: 2}}, got 3"),
+    ],
+)
+def test_a_value_that_deepspeed_would_stumble_over(strategy, word, said):
+    assert problems(f"strategy={strategy}", word) == [said]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "word"),
+    [
+        ("zero1", f"{Z}.gradient_predivide_factor=4"),
+        ("zero2", f"{ZERO}.offload_optimizer={{device: cpu}}"),
+        ("zero3", f"{ZERO}.stage3_max_live_parameters=100"),
+        ("zero2", f"{Z}.communication_data_type=fp32"),
+        ("zero3", f"{Z}.aio={{queue_depth: 8, single_submit: false}}"),
+        ("zero2", f"{Z}.comms_logger={{enabled: false}}"),
+    ],
+)
+def test_values_that_it_takes(strategy, word):
+    assert problems(f"strategy={strategy}", word) == []
+
+
+def test_it_is_told_in_a_dry_run(capfd, tmp_path):
+    words = ("stage=sft", "model=tiny", "strategy=zero1", f"{Z}.aio=3", f"output_dir={tmp_path}")
+    assert cli.main([*words, "dry_run=true"]) == 2
+    assert capfd.readouterr().err == f"error: {Z}.aio must be settings such as {{queue_depth: 8}}, got 3\n"
 
 
 def test_the_same_value_again_is_no_contradiction():
