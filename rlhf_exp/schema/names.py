@@ -44,3 +44,17 @@ RLOO = "rloo"  # the role of a second ppo stage, with ppo.estimator=rloo, that e
 DATA, PREFER = "data", "prefer"  # of dataset.comparisons_from
 UNPATCHED = "unpatched"  # begins the role of a reward model that reward_source.gate=patch has trained again
 ACTIONS = ("warn", "raise_kl", "lower_lr", "rollback", "stop")  # of a guard
+# metrics of every PPO iteration, as ppo.best_metric may name them
+ITERATION = (
+    *(
+        f"objective/{name}"
+        for name in ("scores", "scores_std", "rewards", "kl", "kl_max", "kl_coef", "entropy")
+    ),
+    "objective/kl_untruncated",  # of samplers that reshape the distribution
+    *(f"response/{name}" for name in ("length_mean", "length_min", "eos_rate", "empty_rate", "repetition")),
+    *(f"response/{name}" for name in ("distinct_1", "distinct_2", "distinct_3", "kept_mass")),
+    *(f"policy/{name}" for name in ("loss", "approxkl", "clipfrac", "ratio_mean", "ratio_max", "grad_norm")),
+    *("policy/skipped", "policy/nonfinite"),
+)
+GOLD_METRIC = "objective/gold"
+PART_METRIC = "objective/part_"  # begins those of the parts of reward_source.kind=sum

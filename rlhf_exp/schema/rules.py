@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rlhf_exp.fields import did_you_mean, leaves, undeclared, value_problem
-from rlhf_exp.schema.names import LEARNED, PREFER
+from rlhf_exp.schema.names import GOLD_METRIC, ITERATION, LEARNED, PART_METRIC, PREFER
 from rlhf_exp.schema.runs import (
     RUNS,
     Command,
@@ -68,6 +68,8 @@ def _across(config: Command) -> Iterator[str]:
         yield from _unknown_probes("reward.negatives", config.reward.negatives)
     if isinstance(config, ProbeRun):
         yield from _unknown_probes("probe.kinds", config.probe.kinds, (*PROBES, *SAME))
+    if isinstance(config, RewardRun) and config.reward.unit_std and not config.reward.center:
+        yield "reward.unit_std is a part of centring, which reward.center=false turns off: set that, or leave it out"
     references = isinstance(config, RewardRun) and "demonstrations" in views_of(config)
     if references and config.dataset.views.demonstrations is None:
         yield (
@@ -277,6 +279,7 @@ def _across_ppo(config: PPORun) -> Iterator[str]:
     if ppo.critic_init == "reward" and (ppo.critic != "own" or not learns(config.reward_source)):
         yield "ppo.critic_init=reward needs ppo.critic=own and reward_source.kind=learned (or a sum with it)"
     yield from _across_guards(config)
+    yield from _across_best(config)
     if ppo.ptx_coef > 0 and config.dataset.views.demonstrations is None:
         yield (
             f"ppo.ptx_coef={ppo.ptx_coef} trains on demonstrations too, but dataset.views.demonstrations is null: "
@@ -292,8 +295,37 @@ def _across_guards(config: PPORun) -> Iterator[str]:
                 f"ppo.guards.{key}=raise_kl raises the penalty in the reward: it needs ppo.kl_in=reward and "
                 "ppo.kl_coef above 0"
             )
+    if guards.hacking_action != "warn" and config.reward_source.gold == "none":
+        yield (
+            f"ppo.guards.hacking_action={guards.hacking_action} is for a gold score that falls, which "
+            "reward_source.gold makes: set it (learned or a rule), or leave the action out"
+        )
     if 0 < guards.hacking_window < 4:
         yield f"ppo.guards.hacking_window must be at least 4, or 0 for off, got {guards.hacking_window}"
+
+
+def _across_best(config: PPORun) -> Iterator[str]:
+    name, ppo = config.ppo.best_metric, config.ppo
+    if name == "auto":
+        return
+    critic, several = ppo.estimator == "gae", config.reward_source.kind == "sum"
+    needs = {  # metrics that not every run has: whether this one does, and what makes it so
+        GOLD_METRIC: (config.reward_source.gold != "none", "reward_source.gold"),
+        "objective/ensemble_std": (config.reward_source.ensemble > 1, "reward_source.ensemble above 1"),
+        "objective/score_minus_ref": (ppo.score_scaling == "reference", "ppo.score_scaling=reference"),
+        "policy/kl_loss": (ppo.kl_in == "loss", "ppo.kl_in=loss"),
+        "critic/loss": (critic, "ppo.estimator=gae"),
+        "critic/clipfrac": (critic, "ppo.estimator=gae"),
+        "critic/explained_variance": (critic, "ppo.estimator=gae"),
+        "ptx/loss": (ppo.ptx_coef > 0, "ppo.ptx_coef above 0"),
+    }
+    if name in needs:
+        there, made = needs[name]
+        if not there:
+            yield f"ppo.best_metric={name} is a metric of runs with {made} only: set that, or choose another"
+    elif not (name in ITERATION or (several and name.startswith(PART_METRIC))):
+        near = did_you_mean(name, (*ITERATION, *needs)) or f"; there are {', '.join(ITERATION)}"
+        yield f"ppo.best_metric={name} is no metric of an iteration{near}"
 
 
 def problems(config: Command, *, across: bool = True) -> list[str]:

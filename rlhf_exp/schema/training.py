@@ -75,9 +75,14 @@ class Reward:
     )
     center_on: str = leaf(
         "chosen",
-        doc="chosen: the preferred answers; references: the demonstrations (Stiennon et al. 2020, appendix C.1, the "
+        doc="chosen: the preferred answers; references: the demonstrations (Stiennon et al. 2020, section 3.4, the "
         "human summaries); samples: answers that the SFT policy, then trained first, gives (Ziegler et al. 2019).",
         choices=("chosen", "references", "samples"),
+    )
+    unit_std: bool = leaf(
+        False,
+        doc="Scale the head too, so that these answers' scores have standard deviation 1 (Ziegler et al. 2019, "
+        "section 2): reward models on one scale, which a kl_coef fits.",
     )
     share_prompts: bool = leaf(
         True,

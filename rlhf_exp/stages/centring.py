@@ -1,7 +1,8 @@
 """Where a reward model's scores are 0: the loss sees differences only, so the constant is free.
 
-Its mean over the chosen answers, the references (Stiennon et al. 2020, appendix C.1), or samples of the SFT policy
-(Ziegler et al. 2019, section 2) becomes 0, so that a score says how much better or worse an answer is than those.
+Its mean over the chosen answers, the references (Stiennon et al. 2020, section 3.4), or samples of the SFT policy
+(Ziegler et al. 2019, section 2) becomes 0, so that a score says how much better or worse an answer is than those. On
+demand their standard deviation becomes 1 (Ziegler et al., ibid.): gain and bias of the head, whose order stays.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from rlhf_exp.data.pairs import Pair
 from rlhf_exp.data.records import Record
+from rlhf_exp.errors import InputError
 from rlhf_exp.model.heads import ScalarHead
 from rlhf_exp.model.roles import BASE, Roles
 from rlhf_exp.progress import Progress
@@ -36,7 +38,7 @@ def center(
 ) -> None:
     """Shift the bias so that the mean score of the answers that reward.center_on names is 0.
 
-    rows and pairs: the training comparisons.
+    rows and pairs: the training comparisons. InputError where reward.unit_std finds no deviation to scale by.
     """
     size, sampling = 2 * config.train.micro_batch_size, config.reward.center_on == "samples"
     if config.reward.center_on == "references":
@@ -54,8 +56,18 @@ def center(
         scores = score_sequences(
             roles, "reward", head, sequences, size, lambda done: progress.update(first + done, {})
         )
+    found = torch.tensor(scores, dtype=torch.float64)
     with torch.no_grad():
-        head.bias -= sum(scores) / len(scores)
+        head.bias -= found.mean()
+        if config.reward.unit_std:
+            deviation = float(found.std(correction=0))
+            if not deviation > 0:
+                raise InputError(
+                    f"reward.unit_std scales by the deviation of {len(found)} scores, which is {deviation:g}: this "
+                    "reward model tells none of these answers apart; leave it out, or look at optim.lr"
+                )
+            head.weight /= deviation
+            head.bias /= deviation
 
 
 def spread(rows: Sequence[Record]) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from rlhf_exp.schema.names import ITERATION
 from rlhf_exp.store.runs import RunFolder
 
 STAGES = ("sft", "reward", "ppo", "eval")
@@ -93,6 +94,11 @@ def test_metrics_of_every_step(smoke, cli, stage, steps):
         assert wanted <= set(line), wanted - set(line)
         assert all(math.isfinite(line[name]) for name in wanted)
     assert cli.lines(smoke.folder(stage) / "samples.jsonl")
+
+
+def test_what_ppo_best_metric_may_name_is_there(smoke, cli):
+    for line in cli.lines(smoke.folder("ppo") / "metrics.jsonl"):
+        assert set(ITERATION) - set(line) <= {"objective/kl_untruncated"}
 
 
 def test_ppo_starts_where_sft_ended(smoke, cli):

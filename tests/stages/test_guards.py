@@ -314,6 +314,37 @@ def test_what_cannot_work_is_refused():
     assert "must be one of warn, raise_kl, lower_lr, rollback, stop" in line
 
 
+def test_the_best_metric_is_known_before_anything_is_trained():
+    for name in ("auto", "objective/kl", "response/eos_rate", "critic/loss"):
+        assert problems(best_metric=name) == []
+    (line,) = problems(best_metric="objective/score")
+    assert line.startswith(
+        "ppo.best_metric=objective/score is no metric of an iteration; did you mean objective/scores"
+    )
+    for name, made in (
+        ("objective/gold", "reward_source.gold"),
+        ("objective/ensemble_std", "reward_source.ensemble above 1"),
+        ("ptx/loss", "ppo.ptx_coef above 0"),
+        ("policy/kl_loss", "ppo.kl_in=loss"),
+    ):
+        (line,) = problems(best_metric=name)
+        assert (
+            line
+            == f"ppo.best_metric={name} is a metric of runs with {made} only: set that, or choose another"
+        )
+    assert problems(best_metric="ptx/loss", ptx_coef=0.1) == []
+    assert problems(best_metric="policy/kl_loss", kl_in="loss", kl_estimator="k3") == []
+    (line,) = problems(best_metric="objective/part_1")
+    assert "is no metric of an iteration" in line
+
+
+def test_hacking_needs_a_gold_score():
+    (line,) = problems(hacking_action="rollback")
+    assert line.startswith(
+        "ppo.guards.hacking_action=rollback is for a gold score that falls, which reward_source.gold"
+    )
+
+
 def test_the_page_names_what_has_to_be_a_number():
     page = (conf_dir().parent / "docs" / "guards.md").read_text(encoding="utf-8")
     section = page.partition("### nan and inf\n")[2].partition("\n## ")[0]

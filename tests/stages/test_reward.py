@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 
 from rlhf_exp.data.load import load_view
+from rlhf_exp.errors import InputError
 from rlhf_exp.schema import Optim, Reward, Train
 from rlhf_exp.stages import reward
 from rlhf_exp.tracking import read_lines, read_metrics
@@ -413,7 +414,6 @@ def test_the_loss_with_margins_by_its_definition(base, graded, context, loss):
 
 
 def test_margins_that_are_not_there_are_asked_for_before_anything_loads(graded):
-    from rlhf_exp.errors import InputError
     from rlhf_exp.stages import margins
 
     margins.require(graded(margin_coef=1.0))
@@ -426,8 +426,6 @@ def test_margins_that_are_not_there_are_asked_for_before_anything_loads(graded):
     ("field", "value", "said"), [("margin", "q", "finite number, is text"), ("margin", "z", "no field 'z'")]
 )
 def test_a_margin_that_is_no_number_is_a_bad_row(graded, field, value, said):
-    from rlhf_exp.errors import InputError
-
     with pytest.raises(InputError, match=said):
         load_view(graded(fields={field: value}).dataset, "comparisons", "train")
 
@@ -447,6 +445,37 @@ def test_references_score_zero_on_average(base, config, context):
     found = [float(score(row.prompt, row.response)[1][-1]) for row in rows]
     assert abs(sum(found) / len(found)) < 1e-5
     assert max(found) - min(found) > 1e-3
+
+
+@pytest.mark.parametrize("on", ["references", "chosen"])
+def test_a_gain_makes_the_deviation_1_and_leaves_the_order(base, config, context, on):
+    """And what it divides is all of the head: bias and weight."""
+    folders, scores = [], []
+    for unit in (False, True):
+        given = context(f"unit-{unit}")
+        reward.run(config(steps=2, lr=1e-2, center_on=on, unit_std=unit), given)
+        folders.append(given.folder.path)
+    view = "demonstrations" if on == "references" else "comparisons"
+    rows = load_view(config().dataset, view, "train")
+    rows = list({row.id: row for row in reversed(rows)}.values())
+    for folder in folders:
+        score = token_scorer(base, folder)
+        given = [(row.prompt, row.response if on == "references" else row.chosen) for row in rows]
+        scores.append(torch.stack([score(*pair)[1][-1] for pair in given]).double())
+    plain, scaled = scores
+    assert scaled.mean().abs() < 1e-4
+    assert float(scaled.std(correction=0)) == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(scaled, plain / plain.std(correction=0), rtol=0, atol=2e-4)
+
+
+def test_scores_that_are_all_equal_cannot_be_scaled(config, context, monkeypatch):
+    from rlhf_exp.stages import centring
+
+    monkeypatch.setattr(centring, "score_sequences", lambda *more: [0.5] * len(more[3]))
+    with pytest.raises(
+        InputError, match=r"reward\.unit_std scales by the deviation of \d+ scores, which is 0: "
+    ):
+        reward.run(config(steps=1, rows=6, batch=6, unit_std=True), context())
 
 
 @pytest.mark.parametrize("with_sft", [True, False])
@@ -565,6 +594,9 @@ def test_samples_make_the_sft_stage_a_parent(config):
 def test_references_need_demonstrations(config):
     from rlhf_exp.schema import problems, views_of
 
+    assert problems(config(center=False, unit_std=True)) == [
+        "reward.unit_std is a part of centring, which reward.center=false turns off: set that, or leave it out"
+    ]
     run = config(center_on="references")
     assert views_of(run) == ("comparisons", "demonstrations") and views_of(config()) == ("comparisons",)
     assert problems(run) == []
