@@ -6,11 +6,15 @@ gradients that each optimiser step is made of, and the published weights after f
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterable
+
 import pytest
 
 from tests.strategies.conftest import STAGES, STRATEGIES, Trained, done, require_same, require_same_run
 
-STRATEGY = pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+SEVERAL = ("ddp", "zero1", "zero2", "zero3")
+STRATEGY = pytest.mark.parametrize("strategy", SEVERAL)
 FIVE = ("sft", "reward", "ppo", "dpo", "ilql")
 # the whole rollout is one micro-batch, whose forward is kept for the update
 KEPT = ("ppo.minibatches=1", "ppo.micro_batch_size=8")
@@ -78,19 +82,28 @@ def test_shards_of_the_base_in_the_memory_of_the_host(stage, alone, two, runs):
     require_same(alone(stage), done(two, runs, "offload2", stage, STRATEGIES["zero3_offload"]))
 
 
-@pytest.mark.long
+def long_but(few: Collection[tuple], *values: Iterable) -> list:
+    """All combinations, of which only a few are in each run of the tests."""
+    marks = [pytest.mark.long, pytest.mark.timeout(1200)]
+    return [each if each in few else pytest.param(*each, marks=marks) for each in itertools.product(*values)]
+
+
 @pytest.mark.timeout(1200)
-@STRATEGY
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "strategy"), long_but([("sft", "zero2")], STAGES, SEVERAL))
 def test_four_ranks(stage, strategy, alone, four, runs):
     require_same(alone(stage), done(four, runs, f"{strategy}4", stage, STRATEGIES[strategy]))
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("strategy", ["single", "ddp", "zero3"])
-@pytest.mark.parametrize("micro", [1, 2, 4])
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "ppo"])
+@pytest.mark.parametrize(
+    ("stage", "micro", "strategy"),
+    long_but(
+        [("sft", 2, "ddp")],
+        [stage for stage in STAGES if stage != "ppo"],
+        [1, 2, 4],
+        ["single", "ddp", "zero3"],
+    ),
+)
 def test_any_accumulation(stage, micro, strategy, alone, one, two, runs):
     """Of one process: TRL's own SFTTrainer means entropy and accuracy over micro-batches, whatever their sizes."""
     words = (f"train.micro_batch_size={micro}", *STRATEGIES.get(strategy, ()))
