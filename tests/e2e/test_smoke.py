@@ -539,6 +539,8 @@ def test_a_start_that_is_not_sft_fails_the_run(smoke, cli, tmp_path, monkeypatch
     monkeypatch.setattr(ppo, "build_actors", wrong)
     words = [f"adapters.{stage}={smoke.folder(stage)}" for stage in ("sft", "reward")]
     result = cli.call(*cli.SHORT_PPO, *words, "selfcheck=off", "output_dir=out")
-    assert result.code == 1
-    assert "PPO does not start where SFT ended" in result.err
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: PPO does not start where SFT ended")
+    assert "Traceback" not in result.err
     assert [record["status"] for record in cli.records(tmp_path / "out")["ppo"]] == ["FAILED"]
