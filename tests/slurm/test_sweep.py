@@ -171,6 +171,32 @@ def test_trials_wait_for_what_they_share_and_it_is_built_once(slurm, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_who_waits_is_asked_to_stop_and_the_jobs_go_on(slurm, tmp_path, asked, code):
+    """MLflow's run of the sweep is open until all is collected."""
+
+    def status():
+        with closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as database:
+            return database.execute("SELECT status FROM runs WHERE name LIKE 'sweep%'").fetchall()
+
+    words = (PPO.format(3), "reward_source=python", "reward_source.function=python:scores.slow")
+    with Sweep(tmp_path, *words, "adapters.sft=base") as sweep:
+        sweep.until(lambda: "0" in sweep.units and sweep.units["0"].starts)
+        sweep.process.send_signal(asked)
+        assert sweep.end() == code, sweep.said()
+        said = sweep.said()
+        assert f"the jobs go on; python -m rlhf_exp.jobs status|cancel {sweep.path}\n" in said
+        assert "1 of 1 trials have not ended; see: python -m rlhf_exp.jobs status" in said
+        assert status() == [("RUNNING",)]
+        until(lambda: not sweep.units["0"].open, 600)
+        collect = [sys.executable, "-m", "rlhf_exp.jobs", "collect", str(sweep.path)]
+        done = subprocess.run(collect, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr + sweep.said()
+        assert status() == [("FINISHED",)]
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_a_sweep_to_which_everything_happens(slurm, tmp_path):
     """Of six trials one raises, one is cancelled, one killed, one preempted, one loses its node; SLURM restarts."""
