@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -114,6 +115,51 @@ def test_the_same_command_goes_on(run, pipeline):
     assert any("3 trials, 2 of them there already" in line for line in out)
 
 
+FIRST = """
+import sys, time, types
+from pathlib import Path
+from rlhf_exp import cli, stages
+
+stub = types.ModuleType("rlhf_exp.stages.pipeline")
+def run(config, choices):
+    while not Path("go").exists():
+        time.sleep(0.05)
+    return config.ppo.kl_coef
+stub.run = run
+sys.modules[stub.__name__] = stages.pipeline = stub
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_same_command_twice_at_once(run, pipeline, tmp_path):
+    """The second one is refused in a line, and does no harm to the first one's trials."""
+    words = (*OPTUNA, COEF, "hydra.sweeper.n_trials=2")
+    command = [sys.executable, "-c", FIRST, "stage=ppo", "tracking=none", "hydra.sweep.dir=sweep", *words]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'launchers'}"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not any(e["event"] == "started" for e in ledger.read(Path("sweep"))):
+            assert first.poll() is None, first.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = Path("sweep/ledger.jsonl").read_bytes()
+        code, _, err = run(*words)
+        assert code == 2
+        assert err == [
+            f"error: another process runs this search: {tmp_path / 'sweep'}; wait for it, or choose another "
+            "hydra.sweep.dir"
+        ]
+        assert Path("sweep/ledger.jsonl").read_bytes() == before and not pipeline.calls
+        Path("go").touch()
+        _, said = first.communicate(timeout=90)
+    finally:
+        first.kill()
+    assert (first.returncode, said) == (0, "")
+    assert [trial.state for trial in stored()] == [TrialState.COMPLETE] * 2
+    assert run(*words)[0] == 0, "it is free again"
+
+
 def test_a_recipe_is_the_search_space(run, pipeline):
     assert run(*OPTUNA, "sweep=kl", "hydra.sweeper.n_trials=3")[0] == 0
     values = (ROOT / "conf/sweep/kl.yaml").read_text().partition("ppo.kl_coef: ")[2].split("\n")[0]
@@ -174,6 +220,8 @@ def test_a_trial_of_this_process_is_pruned_while_it_runs(run, pipeline):
         (["ppo.kl_coeff=interval(0, 1)"], "unknown key ppo.kl_coeff; did you mean ppo.kl_coef?"),
         (["seed=3"], "optuna has nothing to search over"),
         ([COEF, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be at least 1, got 0"),
+        ([COEF, "hydra.sweeper.poll_seconds=-1"], "hydra.sweeper.poll_seconds must be above 0, got -1.0"),
+        ([COEF, "hydra.sweeper.poll_seconds=0"], "hydra.sweeper.poll_seconds must be above 0, got 0.0"),
         ([COEF, "hydra/sweeper/sampler=best"], "best"),
         (
             [COEF, "hydra.sweeper.objectives=[gold,kl]", "hydra/sweeper/pruner=median"],
@@ -188,6 +236,41 @@ def test_what_is_wrong_is_said_first(run, pipeline, words, problem):
     assert all(line.startswith("error: ") for line in err)
     assert not pipeline.calls
     assert os.listdir() == [], "nothing is made"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://me:s3cret@nohost/db", "postgresql://me:***@nohost/db cannot be opened: "),
+        ("nonsense", "nonsense cannot be opened: "),
+        (
+            "postgresql://host:port/db",
+            "postgresql://host:port/db cannot be opened: invalid literal for int()",
+        ),
+        ("no+such://host/db", "no+such://host/db cannot be opened: "),
+        ("sqlite:////nonexistent/x.db", "sqlite:////nonexistent/x.db cannot be opened: there is no folder "),
+        ("sqlite:///../no.db", "sqlite:///../no.db cannot be opened: file is not a database"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened(run, pipeline, tmp_path, monkeypatch, url, said):
+    """Before the sweep's folder is made."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "no.db").write_text("no database, but more than a hundred bytes of something else " * 4)
+    monkeypatch.chdir(tmp_path / "here")
+    code, out, err = run(*OPTUNA, COEF, f"hydra.sweeper.storage={url}")
+    assert (code, len(err)) == (2, 1), err
+    assert err[0].startswith(f"error: hydra.sweeper.storage={said}")
+    assert "s3cret" not in "".join([*out, *err])
+    assert os.listdir() == []
+
+
+def test_looking_at_a_storage_makes_none(run, pipeline):
+    words = (*OPTUNA, COEF, "hydra.sweeper.storage=sqlite:///all.db", "hydra.sweeper.n_trials=1")
+    run(*words, "dry_run=true")
+    assert os.listdir() == []
+    assert run(*words, "hydra.sweeper.study_name=a")[0] == 0
+    assert run(*words, "hydra.sweeper.study_name=b", "hydra.sweep.dir=other")[0] == 0, "one that is there"
+    assert optuna.get_all_study_names("sqlite:///all.db") == ["a", "b"]
 
 
 def test_without_optuna_one_line_says_what_to_install(run, pipeline, monkeypatch):
@@ -230,6 +313,20 @@ def test_trials_in_processes_of_their_own(run, child):
     Path("sweep/0/environ").unlink()
     assert run(*POOL, "seed=4,13,6", "-m")[0] == 1
     assert Path("sweep/1/environ").exists() and not Path("sweep/0/environ").exists()
+
+
+def test_a_ledger_without_a_trial(run, child):
+    """As a disk that was full leaves it."""
+    assert run(*POOL, "seed=4,6", "-m")[0] == 0
+    file = Path("sweep/ledger.jsonl")
+    lines = [line for line in file.read_text().splitlines() if '"number": 1' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    code, _, err = run(*POOL, "seed=4,6", "-m")
+    assert (code, err) == (0, [])
+    assert [(s.status, s.overrides[-1]) for s in ledger.states(Path("sweep")).values()] == [
+        ("done", "seed=4"),
+        ("done", "seed=6"),
+    ]
 
 
 def test_results_come_in_the_order_of_the_trials(tmp_path, child):

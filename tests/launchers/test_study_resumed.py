@@ -12,12 +12,15 @@ from pathlib import Path
 
 import optuna
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.rlhf_optuna._outcome import Verdict
 from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
 from rlhf_exp.errors import InputError
 from rlhf_exp.sweeps import ledger
-from tests.launchers.fakes import XY, bowl, points, run, stored, sweeper
+from rlhf_exp.sweeps import trial as trials
+from tests.launchers.fakes import XY, Launcher, bowl, points, run, stored, sweeper
 
 
 class Killed(BaseException):
@@ -72,6 +75,42 @@ def test_a_trial_without_a_result_is_launched_again_as_it_was(tmp_path):
     assert again[0][0] == 2
     assert again[0][1][:2] == first[2:]
     assert [trial.state for trial in stored(tmp_path / "s")] == [TrialState.COMPLETE] * 6
+
+
+def test_a_trial_that_another_process_still_runs_is_waited_for(tmp_path, monkeypatch):
+    """A launcher that was killed has left it behind: that counts as no try, however long it takes."""
+    from hydra_plugins.rlhf_optuna import sweeper as module
+
+    class Elsewhere(Launcher):
+        def launch(self, job_overrides, initial_job_idx):
+            folder = self.sweep / str(initial_job_idx)
+            if len(self.launched) == 5 or initial_job_idx:
+                return super().launch(job_overrides, initial_job_idx)
+            self.launched.append((initial_job_idx, []))
+            folder.mkdir(exist_ok=True)
+            if len(self.launched) == 1:
+                ledger.append(self.sweep, ledger.STARTED, number=initial_job_idx)
+                held.append(trials._mine(folder))
+                assert held[0].__enter__()
+            return [JobReturn(overrides=job_overrides[0], status=JobStatus.COMPLETED, _return_value=None)]
+
+    held, waited = [], []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    made = sweeper(tmp_path / "s", bowl, n_trials=2)
+    made.launcher = Elsewhere(bowl, tmp_path / "s")
+    made.sweep(list(XY))
+    held[0].__exit__(None, None, None)
+    assert [trial.state for trial in stored(tmp_path / "s")] == [TrialState.COMPLETE] * 2
+    assert waited == [module.ELSEWHERE] * 5
+
+
+def test_what_was_told_before_stays(tmp_path):
+    made = run(tmp_path / "s", n_trials=1)
+    study, _ = made._study(tmp_path / "s", XY)
+    (before,) = stored(tmp_path / "s")
+    for verdict in (Verdict(TrialState.FAIL, reason="late"), Verdict(TrialState.COMPLETE, [7.0])):
+        study.settle(study.trials()[0], verdict)
+    assert stored(tmp_path / "s") == [before]
 
 
 DRIVER = """

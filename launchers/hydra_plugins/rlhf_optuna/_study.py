@@ -8,15 +8,18 @@ enqueued twice, no number is used twice.
 
 from __future__ import annotations
 
+import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import optuna
+import sqlalchemy
 from hydra_plugins.rlhf_optuna import _outcome, _samplers
 from hydra_plugins.rlhf_optuna._outcome import Verdict
 from hydra_plugins.rlhf_optuna._space import Space
@@ -24,12 +27,21 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlhf_exp.errors import InputError
-from rlhf_exp.store.frozen import with_password
+from rlhf_exp.store.frozen import with_password, without_password
+from rlhf_exp.store.preflight import require_writable
 from rlhf_exp.sweeps.passwords import STORAGE
 
 FILE = "study.db"
 # what we note of a trial, and of the study
 NUMBER, OVERRIDES, SWEEP, REASON, SEED = "number", "overrides", "sweep", "reason", "seed"
+# of a database: a driver that is missing, a URL with a mistake, a server that is away, a study of another optuna
+TROUBLE = (
+    sqlalchemy.exc.SQLAlchemyError,
+    optuna.exceptions.OptunaError,
+    ImportError,
+    ValueError,
+    RuntimeError,
+)
 WAIT_SECONDS = 60  # for another process's lock on the database
 
 
@@ -61,14 +73,16 @@ class Study:
         self._sampler = dict(sampler)
         self._own = storage is None  # every trial in it is of this sweep
         self.storage = storage or f"sqlite:///{self.sweep / FILE}"  # without a password
-        self.study = optuna.create_study(
-            study_name=name or self.sweep.name,
-            storage=_open(self.storage),
-            sampler=_samplers.sampler(sampler, space, 0, 0),
-            pruner=_samplers.pruner(pruner),
-            directions=list(directions),
-            load_if_exists=True,
-        )
+        seat, judge = _samplers.sampler(sampler, space, 0, 0), _samplers.pruner(pruner)
+        with _explained(self.storage):
+            self.study = optuna.create_study(
+                study_name=name or self.sweep.name,
+                storage=_open(self.storage),
+                sampler=seat,
+                pruner=judge,
+                directions=list(directions),
+                load_if_exists=True,
+            )
         self._check(directions)
         given = sampler.get(_samplers.SEED)
         if SEED not in self.study.user_attrs:
@@ -154,13 +168,15 @@ class Study:
     # ------------------------------------------------------------ results
 
     def settle(self, trial: Trial | FrozenTrial, verdict: Verdict) -> None:
-        """Tell how a trial ended; of one that is not over nothing is told."""
+        """Tell how a trial ended; of one that is not over nothing is told, and what was told before stays."""
         if verdict.state is None:
             return
-        if verdict.reason:
-            self.study._storage.set_trial_user_attr(trial._trial_id, REASON, verdict.reason)
         try:
-            self.study.tell(trial.number, verdict.values, state=verdict.state)
+            if verdict.reason:
+                self.study._storage.set_trial_user_attr(trial._trial_id, REASON, verdict.reason)
+            self.study.tell(trial.number, verdict.values, state=verdict.state, skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return
         except RuntimeError as error:
             # the grid's end: optuna says it by Study.stop, which is for its own loop; the trial has been told
             if "Study.stop" not in str(error):
@@ -189,6 +205,33 @@ class Study:
 def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether `first` is nowhere worse than `second` and somewhere better; less is better."""
     return all(a <= b for a, b in zip(first, second, strict=True)) and list(first) != list(second)
+
+
+def check_storage(url: str) -> None:
+    """That a database can be opened; nothing is made in it. Raises InputError."""
+    with _explained(url):
+        place = sqlalchemy.make_url(with_password(url, "hydra.sweeper.storage", STORAGE))
+        file = place.database if place.get_backend_name() == "sqlite" else None
+        if file and file != ":memory:" and not file.startswith("file:") and not os.path.lexists(file):
+            above = Path(file).absolute().parent
+            if not above.is_dir():
+                raise InputError(f"hydra.sweeper.storage={url} cannot be opened: there is no folder {above}")
+            require_writable(above, "hydra.sweeper.storage")
+            return  # to connect would make it
+        engine = sqlalchemy.create_engine(place, poolclass=sqlalchemy.pool.NullPool)
+        with engine.connect() as connection:
+            sqlalchemy.inspect(connection).get_table_names()
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What goes wrong with a database, in a line without its password."""
+    try:
+        yield
+    except TROUBLE as error:
+        said = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        line = f"hydra.sweeper.storage={url} cannot be opened: {said}"
+        raise InputError(without_password(line)) from None
 
 
 def _open(url: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 INSTALL = "hydra/sweeper=optuna needs optuna: pip install 'rlhf-exp[optuna]'"
 TRIES = 3  # launches of a trial that is interrupted again and again while the sweep goes on
+ELSEWHERE = 2.0  # seconds until it is asked again after a trial that another process has
 WAYS = ("maximize", "minimize")
 REPORTED = (
     "objective",
@@ -77,11 +79,13 @@ class OptunaSweeper(Sweeper):
 
     def check(self, arguments: Sequence[str]) -> None:
         """Raises InputError for a search that cannot be, before anything is made."""
-        from hydra_plugins.rlhf_optuna import _samplers
+        from hydra_plugins.rlhf_optuna import _samplers, _study
 
         space, _, _ = self._search(arguments)
         _samplers.sampler(self.settings["sampler"], space, 0, 0)
         _samplers.pruner(self.settings["pruner"])
+        if self.settings["storage"] is not None:
+            _study.check_storage(self.settings["storage"])
 
     def _search(self, arguments: Sequence[str]) -> tuple[Space, list[str], list[str]]:
         """The space, the objectives and their directions."""
@@ -137,12 +141,17 @@ class OptunaSweeper(Sweeper):
         from hydra_plugins.rlhf_optuna import _outcome, _watch
         from optuna.trial import TrialState
 
+        from rlhf_exp.sweeps import trial
+
         found = []
         for part in _runs(batch):  # launchers number from a first one on
             with _watch.watching(study, part, self.settings["poll_seconds"]):
                 jobs = self.launcher.launch([one.overrides for one in part], initial_job_idx=part[0].number)
             for asked, job in zip(part, jobs, strict=True):
                 verdict = _outcome.of(study.sweep, asked.number, job, study.objectives)
+                if verdict.state is None and trial.is_running(study.sweep / str(asked.number)):
+                    time.sleep(ELSEWHERE)  # a launcher that was killed has left it behind; it will end
+                    continue
                 self._tries[asked.number] += 1
                 if verdict.state is None and self._tries[asked.number] >= TRIES:
                     verdict = _outcome.Verdict(TrialState.FAIL, reason=f"{verdict.reason}, {TRIES} times")
@@ -187,6 +196,8 @@ def _require(settings: dict[str, Any]) -> None:
     for name in ("n_trials", "n_jobs"):
         if settings.get(name) is not None and settings[name] < 1:
             raise InputError(f"hydra.sweeper.{name} must be at least 1, got {settings[name]}")
+    if not settings.get("poll_seconds", 1.0) > 0:
+        raise InputError(f"hydra.sweeper.poll_seconds must be above 0, got {settings['poll_seconds']}")
 
 
 def _check_pruned(objectives: Sequence[str], metric: str | None) -> None:
