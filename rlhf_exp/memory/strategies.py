@@ -3,20 +3,36 @@
 Rows are divided before, in parts.py. Here: ddp holds weights, gradients and moments whole on every rank; zero1 and
 zero2 a share of the moments; zero3 besides a share of the frozen base's layers, of which one layer is gathered for as
 long as it computes, and all of them while answers are sampled; zero3_offload keeps that share in the host's memory.
-Adapters, heads, embeddings and output layer stay whole (rlhf_exp/strategies).
+Adapters, heads, embeddings and output layer stay whole (rlhf_exp/strategies). What DeepSpeed steps is a flat copy of
+them (strategies/zero_adamw.py): the copy and a rank's shard of it are there always; in the step the gradients as they
+are handed over, as autograd makes them of these, and in the buffer in which they are reduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from rlhf_exp.memory.architecture import Architecture
-from rlhf_exp.memory.counted import BYTES, DECODE, OPTIMISER, PARAMETERS, PREFILL, Item, phases
+from rlhf_exp.memory.counted import (
+    BYTES,
+    DECODE,
+    GRADIENTS,
+    LIBRARIES,
+    OPTIMISER,
+    PARAMETERS,
+    PREFILL,
+    STEP,
+    Item,
+    phases,
+)
 
 SHARDED_MOMENTS = ("zero1", "zero2", "zero3", "zero3_offload")
 SHARDED_BASE = ("zero3", "zero3_offload")
-GATHERED = 2  # layers that are whole at once: the one that computes and the one that is fetched for after it
+# layers that are whole at once: the one that computes and the one that is fetched for after it
+# (strategies/parameters.py says so to DeepSpeed)
+GATHERED = 2
+DEEPSPEED = 0.06e9  # what a process takes more once it has imported DeepSpeed; measured
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,28 @@ def on_rank(items: Iterable[Item], strategy: str, ranks: int, model: Architectur
             host += for_host
             continue
         device.append(item)
+    if strategy in SHARDED_MOMENTS:
+        device += _deepspeed(items, ranks)
     return Rank(device, host)
+
+
+def _deepspeed(items: Iterable[Item], ranks: int) -> Iterator[Item]:
+    """What its optimiser holds beside ours, and the package itself where the process is on the device."""
+    sizes = [item.bytes for item in items if item.kind == GRADIENTS]  # 4 bytes a trained number of each group
+    if sizes:
+        total = sum(sizes)
+        yield Item(
+            "DeepSpeed",
+            PARAMETERS,
+            total * (1 + 1 / ranks),
+            label="a flat copy of what is trained, its shard",
+        )
+        yield Item(
+            "DeepSpeed", GRADIENTS, total * (2 + 1 / ranks), (STEP,), label="as it is handed them, its shard"
+        )
+        yield Item("DeepSpeed", GRADIENTS, max(sizes), (STEP,), label="the buffer that is reduced")
+    if any(item.kind == LIBRARIES for item in items):
+        yield Item("process", LIBRARIES, DEEPSPEED, label="DeepSpeed")
 
 
 def _base(
@@ -61,4 +98,6 @@ def _base(
     if other:
         gathered = min(layers, GATHERED * layers / model.layers)
         device.append(replace(item, bytes=gathered, phases=other, label=f"{GATHERED} layers, gathered"))
+        # what is gathered comes in one piece, of which each weight is then a copy
+        device.append(replace(item, bytes=layers / model.layers, phases=other, label="a layer as it comes"))
     return device, host

@@ -30,9 +30,12 @@ def shard(base: Base, strategy: Strategy) -> None:
     zero = {
         key: value for key, value in zero.items() if key not in FOR_THE_OPTIMISER or key == "overlap_comm"
     }
+    # DeepSpeed knows each setting under a short name too
+    known = live(base.trunk).items()
+    zero = {key: value for key, value in known if key.removeprefix("stage3_") not in zero} | zero
     half = {"bf16": {"enabled": True}} if base.dtype == torch.bfloat16 else {}
     settings = given | OURS | half | {"zero_optimization": zero | {"stage": 3}}
-    if zero.get("offload_param", {}).get("device") == "nvme":
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
         print("zero3: DeepSpeed's async_io is compiled the first time, which takes minutes", flush=True)
     with quietly() as deepspeed:
         from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
@@ -50,6 +53,28 @@ def shard(base: Base, strategy: Strategy) -> None:
         f"zero3: {sizes / 1e6:.1f} of {_count(base.model) / 1e6:.1f} M weights of the base are in shards",
         flush=True,
     )
+
+
+# settings of stage 3 about what is gathered at a time, in numbers: DeepSpeed's own ones, 10^9 and 5 10^7, are more
+# than all of a small base
+LIVE, REUSE, PREFETCH = (
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
+
+
+def live(trunk: nn.Module) -> dict[str, int]:
+    """The layer that computes and the one after it are whole at once (memory/strategies.py counts them), no more."""
+    layer = largest_layer(trunk)
+    return {LIVE: 2 * layer, REUSE: layer, PREFETCH: layer}
+
+
+def largest_layer(trunk: nn.Module) -> int:
+    """Numbers of the largest module in a list of modules; of the trunk, where it has no list."""
+    lists = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for found in lists for layer in found] or [trunk]
+    return max(sum(p.numel() for p in layer.parameters()) for layer in layers)
 
 
 def _read_outside(model: nn.Module) -> list[nn.Parameter]:

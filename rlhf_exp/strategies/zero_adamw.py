@@ -199,6 +199,8 @@ def engine(module: nn.Module, optimizer: torch.optim.Optimizer | None, strategy:
     given = {key: value for key, value in strategy.deepspeed.items() if key not in THEIRS}
     zero = dict(given.get("zero_optimization", {}))
     zero = {key: value for key, value in zero.items() if key in FOR_THE_OPTIMISER}
+    # a buffer that is taken anew in each step: 5 10^8 numbers if nobody says how many it has to hold
+    zero.setdefault("reduce_bucket_size", max(p.numel() for p in module.parameters()))
     stage = 1 if strategy.name == "zero1" else 2
     settings = given | OURS | {"zero_optimization": zero | {"stage": stage}}
     with quietly() as deepspeed:

@@ -277,9 +277,9 @@ def test_the_peak_is_the_phase_that_needs_most():
         ("ddp", 1, 4 * NUMBERS),
         ("zero1", 4, 4 * NUMBERS),
         ("zero2", 4, 4 * NUMBERS),
-        # one table whole, a quarter of the layers, and two layers (all there are) gathered
-        ("zero3", 4, 4 * 512 * 64 + 4 * (NUMBERS - 512 * 64) * (1 / 4 + 1)),
-        ("zero3_offload", 4, 4 * 512 * 64 + 4 * (NUMBERS - 512 * 64)),
+        # one table whole, a quarter of the layers, two layers (all there are) gathered, one of them twice
+        ("zero3", 4, 4 * 512 * 64 + 4 * (NUMBERS - 512 * 64) * (1 / 4 + 1 + 1 / 2)),
+        ("zero3_offload", 4, 4 * 512 * 64 + 4 * (NUMBERS - 512 * 64) * (1 + 1 / 2)),
     ],
 )
 def test_what_is_sharded(facts, strategy, moments, base):
@@ -287,11 +287,28 @@ def test_what_is_sharded(facts, strategy, moments, base):
     whole = parts.items(config, facts)
     rank = strategies.on_rank(whole, strategy, 4, facts.model, "float32")
     assert of(rank.device, counted.OPTIMISER) == 8 * ADAPTER / moments
-    assert of(rank.device, counted.GRADIENTS) == 4 * ADAPTER
+    assert of(rank.device, counted.GRADIENTS, "policy") == 4 * ADAPTER
     assert of(rank.device, counted.PARAMETERS, "base", counted.BACKWARD) == pytest.approx(base)
     assert of(rank.host, counted.PARAMETERS) == (
         pytest.approx(4 * (NUMBERS - 512 * 64) / 4) if strategy == "zero3_offload" else 0
     )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_what_deepspeed_holds_besides(facts, strategy):
+    """Policy and value head are a group each: flat copies of both and a quarter; in the step their gradients as they
+    are handed over and as autograd makes them, a quarter of them, and a buffer for the larger."""
+    whole = parts.items(ppo(), facts)
+    rank = strategies.on_rank(whole, strategy, 4, facts.model, "float32").device
+    trained, sharded = 4 * (ADAPTER + 65), strategy != "ddp"
+    assert of(rank, counted.PARAMETERS, "DeepSpeed") == sharded * trained * 1.25
+    assert of(rank, counted.GRADIENTS, "DeepSpeed", counted.STEP) == sharded * (trained * 2.25 + 4 * ADAPTER)
+    assert of(rank, counted.GRADIENTS, "DeepSpeed", counted.BACKWARD) == 0
+    more = of(rank, counted.LIBRARIES) - of(whole, counted.LIBRARIES)
+    assert more == pytest.approx(sharded * strategies.DEEPSPEED)
+    on_cuda = parts.items(ppo(), replace(facts, device="cuda"))
+    there = strategies.on_rank(on_cuda, strategy, 4, facts.model, "float32").device
+    assert of(there, counted.LIBRARIES) == 0
 
 
 def test_zero3_gathers_all_layers_to_sample(facts):
