@@ -9,6 +9,7 @@ The page's own text (question, command) is written by hand and stays.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def said(sweep: Path, rows: list[dict[str, Any]]) -> str:
     counts = ", ".join(f"{number} {status}" for status, number in collect.count(rows).items())
     seconds = sum(row["seconds"] or 0.0 for row in rows)
     commit = f", commit {known['commit'][:10]}" if known.get("commit") else ""
-    command = " ".join(["python -m rlhf_exp", *known["argv"]])
+    command = f"python -m rlhf_exp {shlex.join(known['argv'])}"
     return (
         f"Run on {known['created'][:10]} (version {known['version']}{commit}): {len(rows)} trials, {counts}; "
         f"{duration(seconds)} in all, upstream stages included.\n\n```\n{command}\n```"

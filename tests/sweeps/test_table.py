@@ -27,7 +27,7 @@ def sweep(tmp_path):
     ledger.append(place, "ended", number=1, status="failed", reason="no | data", seconds=3.0, bad_input=True)
     ledger.append(place, "started", number=2, host=socket.gethostname(), pid=os.getpid())
     known = {
-        "argv": ["stage=ppo", "sweep=kl"],
+        "argv": ["stage=ppo", "sweep=kl", "upstream.sft={seed: 0}"],
         "cwd": str(tmp_path),
         "created": "2026-01-31T12:00:00",
         "version": "1",
@@ -113,7 +113,7 @@ def test_a_page_keeps_its_own_text_and_has_the_table_and_a_picture(sweep, tmp_pa
     )
     assert text.endswith(f"![kl](images/kl.png)\n{page.END}\n\nafter\n")
     assert text.count("| 0 | 0.1 | done |") == 1 and "earlier text" not in text
-    assert "python -m rlhf_exp stage=ppo sweep=kl" in text
+    assert "python -m rlhf_exp stage=ppo sweep=kl 'upstream.sft={seed: 0}'" in text
     assert (tmp_path / "images" / "kl.png").read_bytes()[:4] == b"\x89PNG"
 
 
