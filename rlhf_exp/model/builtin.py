@@ -36,7 +36,8 @@ def build(name: str) -> Path:
 def once(name: str, recipe: bytes, save: Callable[[Path], None]) -> Path:
     """models/<name>-<hash of the recipe> in the cache; `save` fills it where it is not there yet.
 
-    Another recipe is another folder. Several processes may ask at once. InputError when the cache cannot be written.
+    Another recipe is another folder. Several processes may ask at once, the ranks of a run too: a machine's first one
+    builds. InputError when the cache cannot be written.
     """
     folder = cache_dir() / "models" / f"{name}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     if folder.is_dir():  # it got its name when it was complete
@@ -45,7 +46,7 @@ def once(name: str, recipe: bytes, save: Callable[[Path], None]) -> Path:
     from rlhf_exp.store.locks import build_lock
 
     try:
-        with build_lock(folder):
+        with build_lock(folder, every_rank=True):
             if not folder.is_dir():
                 with atomic.new_folder(folder) as temporary:
                     save(temporary)
@@ -60,6 +61,8 @@ def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """A model folder as any other."""
     tokenizer.save_pretrained(folder)
     spare_deepspeed()
+    # in a run of several ranks transformers lets rank 0 alone write; here it may be any that builds
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     with no_progress_bars():
         model.save_pretrained(folder)
     # safetensors writes for its owner only; a shared cache is for everyone

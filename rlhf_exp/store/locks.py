@@ -91,17 +91,21 @@ def _waiting(folder: Path) -> str:
 
 @contextmanager
 def build_lock(
-    folder_path: str | Path, on_wait: Callable[[str], None] | None = None, timeout: float = -1
+    folder_path: str | Path,
+    on_wait: Callable[[str], None] | None = None,
+    timeout: float = -1,
+    every_rank: bool = False,
 ) -> Iterator[None]:
     """Hold the right to build a run folder, and repair what a killed builder left in it.
 
     While another process has it, `on_wait` gets one line that names the process and its host, once. Look with
     `find` after the wait: the other has probably finished the run. `timeout` in seconds (negative: no limit;
-    0: one try) ends in TimeoutError.
+    0: one try) ends in TimeoutError. Of several ranks rank 0 has it for all; every_rank: each asks for itself, for
+    what each may have to build.
     """
     from filelock import FileLock, Timeout
 
-    if not distributed.is_main():  # rank 0 has it for all
+    if not (every_rank or distributed.is_main()):
         yield
         return
     folder = Path(folder_path).absolute()

@@ -112,6 +112,38 @@ def test_every_build_is_the_same_and_leaves_the_random_state_alone(cache, tiny_p
     assert len({path.stat().st_mode for path in Path(folder).iterdir()}) == 1
 
 
+_RANK = """
+import sys, torch.distributed as dist
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+from rlhf_exp.model.tiny import build_tiny
+if sys.argv[3] == "1" and rank == 0:
+    dist.barrier()
+folder = build_tiny()
+if sys.argv[3] == "1" and rank == 1:
+    dist.barrier()
+dist.barrier()
+dist.destroy_process_group()
+print(folder)
+"""
+
+
+@pytest.mark.parametrize("first", ["1", "any"])
+def test_any_rank_may_build_it(cache, tiny_path, tmp_path, first):
+    """Rank 1 before rank 0, and both at once: transformers itself lets rank 0 alone write weights."""
+    meeting = str(tmp_path / "meeting")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(rank), meeting, first], stdout=-1, stderr=-1, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert {out.strip() for out, _ in said} == {str(cache / "models" / tiny_path.name)}
+    assert _content(cache / "models" / tiny_path.name) == _content(tiny_path)
+
+
 def test_folder_is_of_the_recipe_and_the_text(cache, tiny_path, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "_save", lambda folder: None)
     names = {tiny_path.name}
