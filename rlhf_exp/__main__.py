@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
+from rlhf_exp import distributed
 from rlhf_exp.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -22,7 +22,7 @@ from rlhf_exp.distributed.identity import (
     rank,
     world_size,
 )
-from rlhf_exp.distributed.meeting import part, silence, start, start_alone
+from rlhf_exp.distributed.meeting import leave, part, silence, start, start_alone
 from rlhf_exp.distributed.rows import mine, shares, turns
 from rlhf_exp.distributed.sums import add, highest, sum_gradients, sum_tensors, union
 
@@ -37,6 +37,7 @@ __all__ = [
     "gather",
     "highest",
     "is_main",
+    "leave",
     "mine",
     "name",
     "on_this_machine",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from datetime import timedelta
+from typing import NoReturn
 
 from rlhf_exp.distributed.identity import is_main, name, place, take, world_size
 from rlhf_exp.errors import InputError
@@ -54,15 +56,29 @@ def start() -> None:
 
 
 def part() -> None:
-    """The end of the group, before the interpreter's.
-
-    A thread of gloo's frees the tensors of the last exchange a moment after it. Where the interpreter is gone by
-    then, the process dies by SIGABRT, which looks like a run that failed. This waits for the thread.
-    """
+    """The end of the group, before the interpreter's: nothing is under way between ranks any more."""
     from torch import distributed
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code, after the threads and exit handlers that sys.exit waits for.
+
+    Of several ranks without taking the interpreter apart: gloo's threads outlive their group and free what they hold
+    a moment later. Where they find no interpreter then, the process dies by SIGABRT, and a run that is done looks
+    like one that failed. multiprocessing ends its processes in the same way.
+    """
+    if not _started:
+        sys.exit(code)
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def start_alone() -> None:

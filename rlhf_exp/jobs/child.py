@@ -58,4 +58,4 @@ def run(sweep: Path, unit: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())
