@@ -19,8 +19,9 @@ from rlhf_exp import schema
 from rlhf_exp.errors import InputError
 from rlhf_exp.fields import did_you_mean
 from rlhf_exp.schema import PPO
+from rlhf_exp.schema.names import GOLD_METRIC
 
-SCORES, GOLD, KL = "objective/scores", "objective/gold", "objective/kl"
+SCORES, GOLD, KL = "objective/scores", GOLD_METRIC, "objective/kl"
 LENGTH = "response/length_mean"
 REPORTED = (SCORES, GOLD, KL, LENGTH)  # of the last sound iteration, for run.json
 BROKEN = "policy/nonfinite"  # minibatches whose gradients held nan or inf, and rollouts whose logits did

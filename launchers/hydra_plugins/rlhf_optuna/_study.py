@@ -73,13 +73,13 @@ class Study:
         self._sampler = dict(sampler)
         self._own = storage is None  # every trial in it is of this sweep
         self.storage = storage or f"sqlite:///{self.sweep / FILE}"  # without a password
-        seat, judge = _samplers.sampler(sampler, space, 0, 0), _samplers.pruner(pruner)
+        own_sampler, own_pruner = _samplers.sampler(sampler, space, 0, 0), _samplers.pruner(pruner)
         with _explained(self.storage):
             self.study = optuna.create_study(
                 study_name=name or self.sweep.name,
                 storage=_open(self.storage),
-                sampler=seat,
-                pruner=judge,
+                sampler=own_sampler,
+                pruner=own_pruner,
                 directions=list(directions),
                 load_if_exists=True,
             )
